@@ -1,0 +1,1 @@
+"""Where bytes live: images, volumes, seeds and the building of images. Hands out `BlockSource` values."""
