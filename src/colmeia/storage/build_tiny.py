@@ -30,7 +30,8 @@ _MODULES = (
 _INIT = r"""#!/bin/sh
 # First process of the tiny guest: devices, name, network, a line that says "ready", then a root shell per console.
 export PATH=/bin HOME=/root TERM=vt100 PS1='\h:\w# '
-mount -t proc proc /proc
+/bin/busybox mount -t proc proc /proc
+/bin/busybox --install -s /bin
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 for m in $(cat /modules/order); do insmod /modules/$m; done 2>/dev/null
