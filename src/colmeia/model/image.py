@@ -9,9 +9,8 @@ from colmeia.model.base import Id, Model, Name, Size
 
 
 class ImageState(StrEnum):
-    IMPORTING = "importing"  # entered at creation; a crash here runs the import again, which resumes its download
+    IMPORTING = "importing"  # entered at creation; left for READY, or with the row when it fails: the operation keeps the reason
     READY = "ready"  # the bytes are in place, checked and read-only
-    FAILED = "failed"  # kept so that its owner sees why; left by delete
     DELETING = "deleting"  # entered with the delete operation; left when the last byte is gone
 
 

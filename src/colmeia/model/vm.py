@@ -17,27 +17,25 @@ class VmState(StrEnum):
     unfinished operation, which runs again from its start. The stable ones are checked against QEMU at start.
     """
 
-    CREATING = "creating"  # entered with the create operation; left when its disks exist
+    CREATING = "creating"  # entered with the create operation; left when its disks exist, or with the row when they cannot
     STOPPED = "stopped"  # no process
     STARTING = "starting"  # entered by the start operation; left when QEMU answers
     RUNNING = "running"  # QEMU runs and the guest's CPUs run
     PAUSED = "paused"  # QEMU runs, the guest's CPUs stand
     STOPPING = "stopping"  # asked to power off; left when the process is gone
     CRASHED = "crashed"  # the process ended without being asked: see `died`
-    FAILED = "failed"  # creation failed; only deletion leads on
     DELETING = "deleting"  # entered with the delete operation; the row goes last
 
 
 _ALIVE = (VmState.RUNNING, VmState.PAUSED)
 VM_TRANSITIONS: dict[VmState, frozenset[VmState]] = {
-    VmState.CREATING: frozenset({VmState.STOPPED, VmState.FAILED, VmState.DELETING}),
+    VmState.CREATING: frozenset({VmState.STOPPED, VmState.STARTING, VmState.DELETING}),
     VmState.STOPPED: frozenset({VmState.STARTING, VmState.DELETING, *_ALIVE}),
     VmState.STARTING: frozenset({*_ALIVE, VmState.STOPPED, VmState.CRASHED, VmState.STOPPING}),
     VmState.RUNNING: frozenset({VmState.PAUSED, VmState.STOPPING, VmState.STOPPED, VmState.CRASHED, VmState.DELETING}),
     VmState.PAUSED: frozenset({VmState.RUNNING, VmState.STOPPING, VmState.STOPPED, VmState.CRASHED, VmState.DELETING}),
     VmState.STOPPING: frozenset({VmState.STOPPED, VmState.CRASHED, VmState.STARTING, VmState.DELETING, *_ALIVE}),
     VmState.CRASHED: frozenset({VmState.STARTING, VmState.STOPPED, VmState.DELETING, *_ALIVE}),
-    VmState.FAILED: frozenset({VmState.DELETING}),
     VmState.DELETING: frozenset(),
 }
 
@@ -61,7 +59,7 @@ ALLOWED_FROM: dict[Action, frozenset[VmState]] = {
     Action.RESET: frozenset({*_ALIVE}),
     Action.PAUSE: frozenset({VmState.RUNNING}),
     Action.RESUME: frozenset({VmState.PAUSED}),
-    Action.DELETE: frozenset({VmState.STOPPED, VmState.CRASHED, VmState.FAILED}),
+    Action.DELETE: frozenset({VmState.STOPPED, VmState.CRASHED, VmState.DELETING}),
 }
 
 
