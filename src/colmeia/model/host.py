@@ -29,7 +29,8 @@ class KvmProbe(Model):
     present: bool
     usable: bool
     reason: str = Field(examples=["guest ring 0 runs at 4 M insn/s: emulated, not native"])
-    million_instructions_per_s: int | None = None
+    million_instructions_per_s: int | None = Field(default=None, description="Of the guest's kernel mode.")
+    host_million_instructions_per_s: int | None = Field(default=None, description="Of the same loop on the host.")
     duration_ms: float = 0.0
 
 
