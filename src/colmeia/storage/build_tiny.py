@@ -20,7 +20,10 @@ from colmeia.storage.interface import BuiltImage, Progress
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 DISK_MIB = 64
-ARGUMENTS = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on cryptomgr.notests 8250.nr_uarts=1"
+ARGUMENTS = (
+    "console=ttyS0 quiet loglevel=1 panic=-1 tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests"
+    " 8250.nr_uarts=1"
+)
 
 _MODULES = (
     "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "ext4",
