@@ -1,0 +1,1 @@
+"""QEMU driven directly over QMP: one unprivileged process per VM that outlives the daemon."""
