@@ -9,7 +9,7 @@ from colmeia.model.errors import Conflict
 from colmeia.model.identity import Identity
 from colmeia.model.image import DirectBoot, Image, ImageBuild, ImageImport, ImageState
 from colmeia.model.operation import Operation
-from colmeia.storage.images import StoredImage
+from colmeia.storage.interface import StoredImage
 from colmeia.store import documents, links
 from colmeia.store.database import Connection
 
@@ -75,7 +75,7 @@ def register(services: Services) -> None:
 
             async def finish(tx: Connection) -> None:
                 image = await documents.images.get(tx, job.target_id)
-                boot = None if stored.arguments is None else DirectBoot(arguments=stored.arguments)
+                boot = None if stored.boot is None else DirectBoot(arguments=stored.boot.arguments)
                 ready = image.model_copy(
                     update={
                         "state": ImageState.READY, "virtual_size": stored.virtual_size, "stored_size": stored.stored_size,

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import structlog
 from anyio.abc import TaskGroup
 
@@ -37,24 +38,35 @@ class Job:
     def __init__(self, operation: Operation, database: Database) -> None:
         self.operation = operation
         self._database = database
-        self._reported_at = 0.0
+        self._news: tuple[float, str] | None = None
+        self._has_news = anyio.Event()
 
     @property
     def target_id(self) -> str:
         return self.operation.target_id
 
-    async def progress(self, share: float, message: str) -> None:
-        """Write how far it is (0 to 1), at most twice a second."""
-        now = anyio.current_time()
-        if now - self._reported_at < PROGRESS_INTERVAL_S:
-            return
-        self._reported_at = now
-        async with self._database.transaction() as tx:
-            current = await history.get_operation(tx, self.operation.id, project=None)
-            update = {"progress": min(max(share, 0.0), 1.0), "message": message[:200]}
-            self.operation = current.model_copy(update=update)
-            await history.write_operation(tx, self.operation)
-            await _tell(tx, self.operation)
+    def progress(self, share: float, message: str) -> None:
+        """Say how far it is (0 to 1). Costs nothing: the row is written at most twice a second."""
+        self._news = (min(max(share, 0.0), 1.0), message[:200])
+        self._has_news.set()
+
+    async def write_progress(self) -> None:
+        """Write down what `progress` says, until cancelled."""
+        while True:
+            await self._has_news.wait()
+            self._has_news = anyio.Event()
+            if self._news is None:
+                continue
+            share, message = self._news
+            with anyio.CancelScope(shield=True):
+                async with self._database.transaction() as tx:
+                    current = await history.get_operation(tx, self.operation.id, project=None)
+                    if current.state.is_final:
+                        return
+                    self.operation = current.model_copy(update={"progress": share, "message": message})
+                    await history.write_operation(tx, self.operation)
+                    await _tell(tx, self.operation)
+            await anyio.sleep(PROGRESS_INTERVAL_S)
 
 
 @dataclass(frozen=True)
@@ -236,14 +248,13 @@ class Operations:
 
     async def _attempt(self, handler: Handler, job: Job) -> ColmeiaError | None:
         """Run the handler and record its success; return why it failed. A cancellation passes through."""
-        try:
-            await anyio.lowlevel.checkpoint()
-            finish = await handler.run(job)
-        except ColmeiaError as error:
+        await anyio.lowlevel.checkpoint()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(job.write_progress, name=f"progress-{job.operation.id}")
+            error, finish = await _outcome(handler, job)
+            tasks.cancel_scope.cancel()
+        if error is not None:
             return error
-        except Exception as error:
-            log.exception("operation.defect", kind=job.operation.kind)
-            return Internal("internal", f"{job.operation.kind} met a defect: {type(error).__name__}.", "See the daemon's log.")
         with anyio.CancelScope(shield=True):
             async with self._database.transaction() as tx:
                 if finish is not None:
@@ -281,6 +292,18 @@ class Operations:
             "operation.ended", operation=ended.id, kind=ended.kind, target=ended.target_name, state=ended.state.value,
             error=ended.error.code if ended.error else None,
         )  # fmt: skip
+
+
+async def _outcome(handler: Handler, job: Job) -> tuple[ColmeiaError | None, Finish | None]:
+    """Return why the handler failed, or its last change."""
+    try:
+        return None, await handler.run(job)
+    except ColmeiaError as error:
+        return error, None
+    except Exception as error:
+        log.exception("operation.defect", kind=job.operation.kind)
+        what = f"{job.operation.kind} met a defect: {type(error).__name__}."
+        return Internal("internal", what, "Please report it with the daemon's log."), None
 
 
 async def _tell(tx: Connection, operation: Operation) -> None:

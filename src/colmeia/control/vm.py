@@ -175,7 +175,7 @@ class _Work:
 
     async def create(self, job: Job) -> Finish:
         vm = await self._vm(job)
-        await job.progress(0.0, "making disks")
+        job.progress(0.0, "making disks")
         await self._ensure_files(vm)
         if not job.operation.arguments.get("start"):
             return self._becomes(vm, VmState.STOPPED)
@@ -259,10 +259,10 @@ class _Work:
             except Unavailable:
                 log.info("vm.power_button_unavailable", vm=vm.name)
                 timeout_s = 0.0
-            await job.progress(0.1, f"waiting up to {timeout_s:.0f} s for the guest to power off")
+            job.progress(0.1, f"waiting up to {timeout_s:.0f} s for the guest to power off")
             if await self._s.engine.wait_gone(vm.id, timeout_s=timeout_s):
                 return
-            await job.progress(0.9, "the guest did not power off: ending it")
+            job.progress(0.9, "the guest did not power off: ending it")
         await self._s.engine.kill(vm.id)
 
     async def _ensure_files(self, vm: Vm) -> None:

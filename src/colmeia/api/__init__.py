@@ -1,0 +1,1 @@
+"""The HTTP edge: parse, call control, render. One file per noun."""
