@@ -1,7 +1,7 @@
 """Carrying out a plan: open what QEMU is handed, hold the VM's lock, spawn.
 
 Everything here blocks for a moment and runs in one worker thread per start. It refuses to start a second QEMU for a VM
-(`AlreadyRuns`): the lock is inherited by QEMU, so it is free exactly when no QEMU of this VM lives.
+(`AlreadyRunsError`): the lock is inherited by QEMU, so it is free exactly when no QEMU of this VM lives.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ _BACKLOG = 4
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
 
-class AlreadyRuns(Exception):
+class AlreadyRunsError(Exception):
     """The VM's lock is held: its QEMU lives."""
 
 
 def launch(plan: Plan, run: Path, logs: Path) -> Process:
     """Start QEMU and return its process. ``run`` and ``logs`` are the VM's own folders, made when missing.
 
-    Blocks; not idempotent. Raises AlreadyRuns, Conflict (`port_in_use`), Unavailable (a file is missing, QEMU cannot be
-    executed). Leaves no process and no descriptor behind when it raises.
+    Blocks; not idempotent. Raises AlreadyRunsError, Conflict (`port_in_use`), Unavailable (a file is missing, QEMU cannot
+    be executed). Leaves no process and no descriptor behind when it raises.
     """
     for folder in (run, logs):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _lock(path: Path, stack: contextlib.ExitStack) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise AlreadyRuns from error
+        raise AlreadyRunsError from error
     return fd
 
 
@@ -92,7 +92,7 @@ def _file_error(path: str, error: OSError) -> ColmeiaError:
 
 
 def _listen(path: Path, stack: contextlib.ExitStack) -> int:
-    """Return a listening socket. Bound by its last name in its folder: a path may be longer than the 107 bytes of one."""
+    """Return a listening socket, bound inside its folder: the whole path may be longer than a socket's 107 bytes."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     stack.callback(listener.close)

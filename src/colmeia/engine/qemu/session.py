@@ -1,7 +1,7 @@
 """One QMP session per VM: commands with a deadline, events in order, reconnection while the process lives.
 
-`qemu.qmp` speaks the protocol. This module adds what a daemon needs: a lost session is opened again by itself; events go
-to one callback in the order QEMU sent them, and none is kept; every failure becomes one of our errors, with
+`qemu.qmp` speaks the protocol. This module adds what a daemon needs: a lost session is opened again by itself; events
+go to one callback in the order QEMU sent them, and none is kept; every failure becomes one of our errors, with
 OutcomeUnknown when a command was on its way as the session ended.
 """
 
@@ -22,7 +22,7 @@ from colmeia.model.errors import ColmeiaError, Conflict, OutcomeUnknown, Unavail
 
 _COMMAND_S = 10.0
 _RECONNECT_S = (0.05, 0.2, 1.0, 5.0)
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # it logs every ended session as an error; we report it ourselves
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # it logs each ended session as an error; we report it
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
@@ -30,8 +30,8 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 class Session:
     """The QMP session of one QEMU, over the socket at ``path``.
 
-    ``on_event`` is called with each event's name and data; ``on_reconnect`` after a lost session was opened again (events
-    may have been missed: look).
+    ``on_event`` is called with each event's name and data; ``on_reconnect`` after a lost session was opened again
+    (events may have been missed: look).
     """
 
     def __init__(self, name: str, path: Path, on_event: OnEvent, on_reconnect: Callable[[], None]) -> None:
@@ -49,13 +49,20 @@ class Session:
     async def open(self) -> None:
         """Connect and wait until QEMU answers; the deadline is the caller's. Raises Unavailable (`qmp_lost`)."""
         await self._connect()
-        self._keeper = asyncio.create_task(self._keep(), name=f"qmp {self._name}")
+        self.keep_trying()
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = _COMMAND_S) -> Any:
+    def keep_trying(self) -> None:
+        """Keep the session open from now on, whether or not the first attempt succeeded."""
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep(), name=f"qmp {self._name}")
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = _COMMAND_S
+    ) -> Any:
         """Run one QMP command and return its answer.
 
-        Raises Conflict (`qemu_refused`), Unsupported (QEMU does not know it), Unavailable (`qmp_silent`: not connected in
-        time) and OutcomeUnknown (the session ended, or the answer was late).
+        Raises Conflict (`qemu_refused`), Unsupported (QEMU does not know it), Unavailable (`qmp_silent`: not connected
+        in time) and OutcomeUnknown (the session ended, or the answer was late).
         """
         sent = False
         try:
@@ -68,7 +75,8 @@ class Session:
         except TimeoutError:
             raise _silent(command, sent=sent, timeout_s=timeout_s) from None
         except QMPError as error:
-            raise OutcomeUnknown("qmp_lost", f"The session with QEMU ended during {command}.", "Look at the VM.") from error
+            message = f"The session with QEMU ended during {command}."
+            raise OutcomeUnknown("qmp_lost", message, "Look at the VM.") from error
 
     async def give_descriptor(self, name: str, fd: int) -> None:
         """Hand a descriptor to QEMU under a name (`getfd`). The caller's copy stays open."""
@@ -93,7 +101,7 @@ class Session:
 
     async def wait_lost(self) -> None:
         """Wait for the end of the present session: all its events have been delivered then."""
-        if self._keeper is not None:
+        if self._connected.is_set():
             await self._lost.wait()
 
     async def aclose(self) -> None:
@@ -124,7 +132,7 @@ class Session:
         self._connected.set()
 
     async def _disconnect(self) -> None:
-        """Bring the client back to idle. Whatever ended the session is raised by the library here, and known already."""
+        """Bring the client back to idle. The library raises what ended the session here; we know it already."""
         with contextlib.suppress(Exception):
             await self._client.disconnect()
 
