@@ -91,9 +91,8 @@ _LOOP = (
     + b"\x8b\x0c\x25" + _COUNT.to_bytes(4, "little")  #           mov COUNT,%ecx    written by this process
     + b"\xe3\x06"  #                                              jrcxz 2f          0: go on with the steps
     + COUNT_DOWN
-    + b"\xeb\xef"  #                                              jmp 1b
-)  #                                                           2:
-# fmt: skip
+    + b"\xeb\xef"  #                                              jmp 1b; 2:
+)  # fmt: skip
 
 
 class _Step(NamedTuple):
@@ -144,13 +143,13 @@ _HLT = b"\xf4"
 _FIRST_COUNTS = 3_000  # 1.5 ms where instructions are interpreted (4 M/s), 1 us on hardware
 _LAST_COUNTS = 3_000_000  # about 1 ms on hardware
 _LONG_ENOUGH_NS = 500_000  # then an exit's own time (1-50 us when nested) hides no more than a tenth
-_TRIES = 3  # a neighbour may have had the CPU
+_TRIES = 3  # the clock is the wall's (see machine_code) and a neighbour may have had the CPU
 _RATIO_MIN = 0.1  # hardware: 0.5 to 1; interpreted: below 0.001
 _RATE_MIN = 100  # where this process may not measure itself
 _DEADLINE_S = 2.0
 
 
-class _Refused(Exception):
+class _Refused(Exception):  # noqa: N818 an answer, not an error
     """The answer is no; the text says why."""
 
 
@@ -237,9 +236,9 @@ class _Guest:
 
     def _time_loop(self, counts: int) -> int:
         self._set_count(counts)
-        started = time.thread_time_ns()
+        started = time.perf_counter_ns()
         self._expect_report("loop")
-        return time.thread_time_ns() - started
+        return time.perf_counter_ns() - started
 
     def _set_count(self, counts: int) -> None:
         self._memory[_COUNT : _COUNT + 4] = counts.to_bytes(4, "little")
