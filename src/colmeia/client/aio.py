@@ -30,6 +30,9 @@ from colmeia.client.wire import explain_transport, trusted_context
 
 T = TypeVar("T")
 
+POLICY_VIOLATION = 1008
+"""Close code (RFC 6455, 7.4.1) with which the server refuses a console, its words in the reason."""
+
 
 class AsyncClient:
     """A Colmeia server. ``project`` goes along with every request; absent, the server takes the caller's own."""
@@ -121,7 +124,7 @@ class AsyncClient:
         items: list[Any] = []
         cursor: str | None = None
         while True:
-            rest = None if limit is None else limit - len(items)
+            rest = None if limit is None else min(limit - len(items), calls.PAGE_MAX)
             page = await self.send(calls.list_page(noun, **query, limit=rest, cursor=cursor))
             items += page["items"]
             cursor = page["next"]
@@ -130,7 +133,10 @@ class AsyncClient:
 
 
 class Console:
-    """An open console: bytes both ways. Iterate it for what the guest says, until either side hangs up."""
+    """An open console: bytes both ways.
+
+    Iterate it for what the guest says, until either side hangs up; ApiError when the server refused it.
+    """
 
     def __init__(self, address: Address, session: AsyncWebSocketSession) -> None:
         self._address = address
@@ -147,7 +153,11 @@ class Console:
         while True:
             try:
                 yield await self._session.receive_bytes()
-            except (WebSocketDisconnect, WebSocketNetworkError, WebSocketInvalidTypeReceived):
+            except WebSocketDisconnect as error:
+                if error.code == POLICY_VIOLATION:
+                    raise ApiError(409, "conflict", "console_refused", error.reason or "No console.") from error
+                return
+            except (WebSocketNetworkError, WebSocketInvalidTypeReceived):
                 return
 
 
@@ -161,8 +171,8 @@ class Noun:
 class Vms(Noun):
     """Virtual machines. ``ref`` is a name or an id."""
 
-    async def list(self, *, state: str | None = None, sort: str | None = None, limit: int | None = None) -> "list[Vm]":
-        return await self._client.collect("vms", limit, state=state, sort=sort)
+    async def list(self, *, state: str | None = None, limit: int | None = None) -> "list[Vm]":
+        return await self._client.collect("vms", limit, state=state)
 
     async def show(self, ref: str) -> Vm:
         vm: Vm = await self._client.send(calls.show("vms", ref))
@@ -263,6 +273,10 @@ class Operations(Noun):
         operation: Operation = await self._client.send(calls.show("operations", ref))
         return operation
 
+    async def look(self, operation: Operation, wait_s: float) -> Operation:
+        """Return the operation as it is at its end, or after ``wait_s`` at the latest (300 at most)."""
+        return await self._client.send(calls.wait_operation(operation["id"], wait_s))
+
     async def cancel(self, ref: str) -> Operation:
         return await self._client.send(calls.cancel_operation(ref))
 
@@ -290,7 +304,7 @@ class Operations(Noun):
             if timeout_s is not None:
                 step_s = min(step_s, start + timeout_s - now)
             try:
-                latest = await self._client.send(calls.wait_operation(latest["id"], step_s))
+                latest = await self.look(latest, step_s)
                 heard = time.monotonic()
             except ServerUnreachable:
                 if time.monotonic() - heard > PATIENCE_S:

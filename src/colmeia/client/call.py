@@ -16,6 +16,7 @@ Query = Mapping[str, str | int | bool | None]
 
 TIMEOUT_S = 60.0
 RETRY_DELAYS_S = (0.1, 0.4)
+PAGE_MAX = 1000
 FINAL_STATES = frozenset({"done", "failed", "cancelled"})
 
 
@@ -29,7 +30,7 @@ def _text(body: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One request. ``key`` makes a POST safe to send twice; ``answer`` turns the body of a 2xx into the result."""
+    """One request. ``key`` makes a change safe to send twice; ``answer`` turns the body of a 2xx into the result."""
 
     method: str
     path: str
@@ -84,8 +85,13 @@ def _ref(noun: str, ref: str, action: str = "") -> str:
     return f"/v1/{noun}/{quote(ref, safe='')}{'/' + action if action else ''}"
 
 
+def _work(method: str, path: str, body: Mapping[str, Any] | None = None, query: Query | None = None) -> Call[Operation]:
+    """Ask for long work. The key makes one operation of it, however often the request arrives."""
+    return Call(method, path, query or {}, body=body, key=str(uuid.uuid4()))
+
+
 def _post(path: str, body: Mapping[str, Any] | None = None) -> Call[Any]:
-    return Call("POST", path, body=body, key=str(uuid.uuid4()))
+    return Call("POST", path, body=body)
 
 
 def list_page(noun: str, **query: str | int | None) -> Call[Page]:
@@ -97,7 +103,7 @@ def show(noun: str, ref: str) -> Call[Any]:
 
 
 def create_vm(body: Mapping[str, Any]) -> Call[Operation]:
-    return _post("/v1/vms", body)
+    return _work("POST", "/v1/vms", body)
 
 
 def update_vm(ref: str, changes: Mapping[str, Any], if_match: int | None) -> Call[Vm]:
@@ -106,11 +112,11 @@ def update_vm(ref: str, changes: Mapping[str, Any], if_match: int | None) -> Cal
 
 
 def delete_vm(ref: str, *, force: bool) -> Call[Operation]:
-    return Call("DELETE", _ref("vms", ref), {"force": force or None})
+    return _work("DELETE", _ref("vms", ref), query={"force": force or None})
 
 
 def act_on_vm(ref: str, action: str, body: Mapping[str, Any] | None = None) -> Call[Operation]:
-    return _post(_ref("vms", ref, action), body)
+    return _work("POST", _ref("vms", ref, action), body)
 
 
 def stop_body(*, force: bool, timeout_s: float) -> Json:
@@ -137,15 +143,15 @@ def open_console(ref: str, kind: str) -> Call[None]:
 
 
 def import_image(body: Mapping[str, Any]) -> Call[Operation]:
-    return _post("/v1/images", body)
+    return _work("POST", "/v1/images", body)
 
 
 def build_image(body: Mapping[str, Any]) -> Call[Operation]:
-    return _post("/v1/images/build", body)
+    return _work("POST", "/v1/images/build", body)
 
 
 def delete_image(ref: str) -> Call[Operation]:
-    return Call("DELETE", _ref("images", ref))
+    return _work("DELETE", _ref("images", ref))
 
 
 def export_image(ref: str, image_format: str) -> Call[bytes]:

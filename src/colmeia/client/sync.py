@@ -90,7 +90,7 @@ class Client:
         items: list[Any] = []
         cursor: str | None = None
         while True:
-            rest = None if limit is None else limit - len(items)
+            rest = None if limit is None else min(limit - len(items), calls.PAGE_MAX)
             page = self.send(calls.list_page(noun, **query, limit=rest, cursor=cursor))
             items += page["items"]
             cursor = page["next"]
@@ -108,8 +108,8 @@ class Noun:
 class Vms(Noun):
     """Virtual machines. ``ref`` is a name or an id."""
 
-    def list(self, *, state: str | None = None, sort: str | None = None, limit: int | None = None) -> "list[Vm]":
-        return self._client.collect("vms", limit, state=state, sort=sort)
+    def list(self, *, state: str | None = None, limit: int | None = None) -> "list[Vm]":
+        return self._client.collect("vms", limit, state=state)
 
     def show(self, ref: str) -> Vm:
         vm: Vm = self._client.send(calls.show("vms", ref))
@@ -203,6 +203,10 @@ class Operations(Noun):
         operation: Operation = self._client.send(calls.show("operations", ref))
         return operation
 
+    def look(self, operation: Operation, wait_s: float) -> Operation:
+        """Return the operation as it is at its end, or after ``wait_s`` at the latest (300 at most)."""
+        return self._client.send(calls.wait_operation(operation["id"], wait_s))
+
     def cancel(self, ref: str) -> Operation:
         return self._client.send(calls.cancel_operation(ref))
 
@@ -230,7 +234,7 @@ class Operations(Noun):
             if timeout_s is not None:
                 step_s = min(step_s, start + timeout_s - now)
             try:
-                latest = self._client.send(calls.wait_operation(latest["id"], step_s))
+                latest = self.look(latest, step_s)
                 heard = time.monotonic()
             except ServerUnreachable:
                 if time.monotonic() - heard > PATIENCE_S:
