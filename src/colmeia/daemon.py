@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import anyio
+import anyio.to_thread
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
@@ -57,7 +58,7 @@ def run(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> None:
     settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    facts = await find_facts(settings.state_dir / "facts.json")
+    facts = await anyio.to_thread.run_sync(find_facts, settings.state_dir / "facts.json")
     log.info("host.facts", qemu=".".join(map(str, facts.qemu_version)), kvm=facts.kvm.usable, reason=facts.kvm.reason)
     database = Database(settings.database_url or sqlite_url(settings.state_dir / "colmeia.db"))
     news, seen = anyio.create_memory_object_stream[_Seen](10_000)

@@ -1,9 +1,10 @@
 """The host over HTTP: facts, doctor, health and metrics."""
 
+import anyio.to_thread
 from fastapi import APIRouter, Response
 from prometheus_client.core import CollectorRegistry, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from sqlalchemy import func, select
+from sqlalchemy import Table, func, select
 
 from colmeia import __version__
 from colmeia.api.edge import Caller, TheServices, problems, rendered
@@ -40,7 +41,7 @@ async def show_host(services: TheServices, identity: Caller) -> Response:
 async def doctor(services: TheServices, identity: Caller) -> list[Check]:
     """Examine the host now."""
     require(identity, write=False)
-    return list(await examine(services.facts))
+    return list(await anyio.to_thread.run_sync(examine, services.facts))
 
 
 @router.get(
@@ -66,7 +67,7 @@ class _Figures:
         return self._families
 
 
-async def _counts(services: TheServices, table: tables.Table) -> GaugeMetricFamily:
+async def _counts(services: TheServices, table: Table) -> GaugeMetricFamily:
     family = GaugeMetricFamily(f"colmeia_{table.name}", f"Number of {table.name} by state.", labels=["state"])
     async with services.database.reading() as tx:
         for state, count in (await tx.execute(select(table.c.state, func.count()).group_by(table.c.state))).all():

@@ -33,6 +33,7 @@ from colmeia.model.vm import (
     VmState,
     check_action,
     check_fits,
+    mac_for,
 )
 from colmeia.storage.seed import build_seed
 from colmeia.store import documents, history, links
@@ -271,7 +272,8 @@ class _Work:
         folder = self._s.vm_dir / vm.id
         await anyio.Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         if vm.spec.cloud_init is not None:
-            seed = build_seed(vm.id, vm.name, vm.spec.cloud_init)
+            macs = [nic.mac or mac_for(vm.id, index) for index, nic in enumerate(vm.spec.nics)]
+            seed = build_seed(vm.id, vm.name, vm.spec.cloud_init, macs)
             await _write_whole(folder / "seed.iso", seed)
         if vm.spec.firmware is Firmware.UEFI:
             if not self._s.facts.ovmf_vars:
