@@ -49,7 +49,7 @@ def test_the_probe_leaves_no_descriptor_thread_mapping_or_signal_mask_behind() -
     def left() -> tuple[int, int, int, set[int]]:
         mapped = Path("/proc/self/maps").read_text().count("anon_inode:kvm")
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), mapped, set(mask)
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), mapped, set(mask)
 
     probe_kvm()
     before = left()

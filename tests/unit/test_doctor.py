@@ -56,7 +56,8 @@ def test_a_good_host_is_ok_in_every_line_that_does_not_ask_the_machine_under_tes
 def test_every_line_of_the_issue_is_there_once(tmp_path: Path) -> None:
     names = [check.name for check in examine(GOOD, state=tmp_path, root=tmp_path)]
     wanted = {
-        "cpu", "kvm", "qemu", "vhost_net", "tun", "iommu", "huge_pages", "ksm", "cgroups", "confinement", "disk", "memory",
+        "cpu", "kvm", "qemu", "vhost_net", "tun", "iommu", "huge_pages", "ksm", "cgroups", "confinement", "disk",
+        "memory",
     }  # fmt: skip
     assert wanted <= set(names)
     assert len(names) == len(set(names))

@@ -15,7 +15,7 @@ GIB = 1024 * MIB
 TIB = 1024 * GIB
 
 _UNITS = {"": 1, "B": 1, "K": KIB, "KIB": KIB, "M": MIB, "MIB": MIB, "G": GIB, "GIB": GIB, "T": TIB, "TIB": TIB}
-_SIZE = re.compile(r"(\d{1,19})(?:\.(\d{1,6}))?\s*([A-Za-z]*)")
+_SIZE = re.compile(r"(\d{1,19})(?:\.(\d{1,6}))?\s*([A-Za-z]*)", re.ASCII)
 _SIZE_MAX = 1 << 62
 SIZE_PATTERN = r"^\d{1,19}(\.\d{1,6})?\s*([KkMmGgTt]([Ii][Bb])?|[Bb])?$"
 ID_PATTERN = r"^[0-9a-f]{16}$"
