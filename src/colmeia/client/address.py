@@ -22,10 +22,11 @@ class Address:
 
 
 def default_socket(*, is_root: bool, environ: Mapping[str, str]) -> str:
-    """Return the path where a daemon of this user listens."""
+    """Return the path where a daemon of this user listens: what the daemon's own settings say by default."""
     if is_root:
         return "/run/colmeia/api.sock"
-    return f"{environ.get('XDG_RUNTIME_DIR') or f'/run/user/{os.getuid()}'}/colmeia/api.sock"
+    state = environ.get("XDG_STATE_HOME") or f"{environ.get('HOME', '')}/.local/state"
+    return f"{environ.get('XDG_RUNTIME_DIR') or f'{state}/colmeia/run'}/colmeia/api.sock"
 
 
 def find_address(
