@@ -5,6 +5,7 @@ it is reaped before `run` returns, and the kernel kills it should the daemon die
 and refuses to start what must outlive the daemon (QEMU): that is the engine's work.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -70,7 +71,7 @@ async def run(
     argv: Sequence[str],
     *,
     timeout_s: float,
-    input: bytes | None = None,
+    input: bytes | None = None,  # noqa: A002
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     check: bool = True,
@@ -99,6 +100,7 @@ async def run(
                 if input is not None:
                     tasks.start_soon(_feed, process, input, name=f"stdin of {argv[0]}")
                 await process.wait()
+                _kill_group(process)  # what it left behind would hold the pipes open
         finally:
             await _end(process)
     if deadline.cancelled_caught:
@@ -127,9 +129,10 @@ async def _open(
 ) -> Process:
     """Start the child in a session of its own. Shielded: a cancel in the middle must not lose a started child."""
     with anyio.CancelScope(shield=True):
-        return await anyio.open_process(
+        process = await anyio.open_process(
             command, stdin=stdin, stdout=PIPE, stderr=PIPE, env=environment, cwd=cwd, start_new_session=True
         )
+    return process  # noqa: RET504 - mypy takes the scope for one that may swallow errors
 
 
 async def _collect(stream: ByteReceiveStream, into: bytearray, on_output: Callable[[bytes], None] | None) -> None:
@@ -154,15 +157,18 @@ async def _feed(process: Process, data: bytes) -> None:
             await process.stdin.aclose()
 
 
-async def _end(process: Process) -> None:
-    """Kill what is left of the child's process group, reap the child and close the pipes.
+def _kill_group(process: Process) -> None:
+    """Kill what is left of the child's process group.
 
-    The group outlives its leader when the leader forked: its id cannot be reused while a member lives, and a new
-    group of that number can only appear in the instant after the last one died.
+    The group outlives its leader when the leader forked. Its id cannot be reused while a member lives; when none
+    does, the kernel hands the number out again only after all others.
     """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _end(process: Process) -> None:
+    """Kill the child's process group, reap the child and close the pipes."""
     with anyio.CancelScope(shield=True):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        _kill_group(process)
         await process.aclose()

@@ -43,6 +43,20 @@ initrd /initrd.img
 boot
 """
 
+_CLOUD_CONFIG = """# What a cloud image needs, and nothing that costs seconds at first boot.
+datasource_list: [ NoCloud, ConfigDrive, None ]
+locale: false
+apt: { preserve_sources_list: false }
+ssh_genkeytypes: [ ed25519, ecdsa ]
+ssh_quiet_keygen: true
+ssh: { emit_keys_to_console: false }
+cloud_init_modules: [ seed_random, bootcmd, write-files, growpart, resizefs, disk_setup, mounts, set_hostname,
+  update_hostname, update_etc_hosts, ca-certs, users-groups, ssh ]
+cloud_config_modules: [ ssh-import-id, keyboard, locale, set-passwords, apt-configure, ntp, timezone, runcmd ]
+cloud_final_modules: [ package-update-upgrade-install, write-files-deferred, scripts-vendor, scripts-per-once,
+  scripts-per-boot, scripts-per-instance, scripts-user, phone-home, final-message, power-state-change ]
+"""
+
 _BEFORE_PACKAGES = {
     "etc/initramfs-tools/conf.d/colmeia": "MODULES=list\nCOMPRESS=zstd\n",
     "usr/share/initramfs-tools/modules.d/colmeia": "\n".join(
@@ -55,7 +69,7 @@ _AFTER_PACKAGES = {
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
     "etc/fstab": "LABEL=root / ext4 errors=remount-ro 0 1\nLABEL=ESP /boot/efi vfat umask=0077,nofail 0 1\n",
     "etc/apt/sources.list": "# Written by cloud-init at first boot.\n",
-    "etc/cloud/cloud.cfg.d/90_colmeia.cfg": "datasource_list: [ NoCloud, ConfigDrive, None ]\n",
+    "etc/cloud/cloud.cfg.d/90_colmeia.cfg": _CLOUD_CONFIG,
     "boot/grub/grub.cfg": _GRUB_CONFIG,
 }
 _REMOVE = (
@@ -167,13 +181,17 @@ async def build_debian(release: str, target_dir: Path, cache_dir: Path, progress
 
 def _check_host() -> None:
     if os.geteuid() != 0:
-        raise Unavailable("not_root", "Building a Debian image needs root.", "Run the daemon as root, or import an image.")
+        raise Unavailable(
+            "not_root", "Building a Debian image needs root.", "Run the daemon as root, or import an image."
+        )
     for program in ("mmdebstrap", "sgdisk", "mke2fs", "mkfs.vfat", "mcopy", "grub-mkimage", "qemu-img", "unshare"):
         find_program(program)
     for path in ("/usr/lib/grub/i386-pc/boot.img", "/usr/lib/grub/x86_64-efi/normal.mod"):
         if not Path(path).exists():
             raise Unavailable(
-                "program_missing", f"GRUB's files are not here: {path}.", "Run: apt-get install grub-pc-bin grub-efi-amd64-bin"
+                "program_missing",
+                f"GRUB's files are not here: {path}.",
+                "Run: apt-get install grub-pc-bin grub-efi-amd64-bin",
             )
 
 
@@ -186,7 +204,9 @@ def _host_sources(codename: str) -> list[Source]:
     """Read the host's own package sources for the release."""
     folder = Path("/etc/apt")
     files = [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*"))]
-    texts = [file.read_text(errors="replace") for file in files if file.suffix in (".list", ".sources") and file.is_file()]
+    texts = [
+        file.read_text(errors="replace") for file in files if file.suffix in (".list", ".sources") and file.is_file()
+    ]
     sources = read_sources(texts, codename)
     if not any(source.suite == codename for source in sources):
         raise Unavailable(
@@ -197,9 +217,7 @@ def _host_sources(codename: str) -> list[Source]:
     return sources
 
 
-async def _install_packages(
-    codename: str, sources: list[Source], work: Path, root: Path, progress: Progress
-) -> None:
+async def _install_packages(codename: str, sources: list[Source], work: Path, root: Path, progress: Progress) -> None:
     """Run mmdebstrap in namespaces of its own, so that its mounts and processes vanish with it whatever happens."""
     before, source_file = work / "before", work / "sources.list"
     await anyio.to_thread.run_sync(_write_files, before, _BEFORE_PACKAGES)
@@ -260,7 +278,9 @@ def _finish_root(root: Path) -> None:
 def _link_newest(root: Path, name: str) -> None:
     newest = max((root / "boot").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
-        raise Unavailable("build_failed", f"The packages left no {name} in /boot.", "Try again; see the operation's log.")
+        raise Unavailable(
+            "build_failed", f"The packages left no {name} in /boot.", "Try again; see the operation's log."
+        )
     (root / name).unlink(missing_ok=True)
     (root / name).symlink_to(f"boot/{newest.name}")
 

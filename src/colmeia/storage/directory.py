@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from colmeia.host.process import run
+from colmeia.host.process import last_lines, run
 from colmeia.model.base import format_size
 from colmeia.model.block import BlockFormat, BlockSource
 from colmeia.model.errors import Internal, Invalid, Unavailable
@@ -54,7 +54,7 @@ class DirectoryPool:
             if completed.returncode != 0:
                 raise Unavailable(
                     "volume_failed",
-                    f"The volume {volume_id} could not be created: {completed.stderr.decode(errors='replace').strip()[:500]}",
+                    f"The volume {volume_id} could not be created: {last_lines(completed.stderr)}",
                     "Look at the file system of the pool.",
                 )
             await anyio.to_thread.run_sync(_publish, new, path)
@@ -69,8 +69,7 @@ class DirectoryPool:
     async def delete_volume(self, volume_id: str) -> None:
         """Ensure the volume is gone. Idempotent."""
         path = self._path(volume_id)
-        for name in (path.with_name(f"{path.name}.new"), path):
-            await anyio.to_thread.run_sync(lambda name=name: name.unlink(missing_ok=True))
+        await anyio.to_thread.run_sync(_unlink, path.with_name(f"{path.name}.new"), path)
 
     def _path(self, volume_id: str) -> Path:
         if not _VOLUME_ID.fullmatch(volume_id):
@@ -85,13 +84,18 @@ def _prepare(root: Path, new: Path) -> None:
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
+def _unlink(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def _publish(new: Path, path: Path) -> None:
     fd = os.open(new, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-    os.replace(new, path)
+    new.replace(path)
 
 
 def _refuse_smaller(image: Path, size: int) -> None:

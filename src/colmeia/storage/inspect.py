@@ -3,7 +3,7 @@
 An image may name other files of the host (a backing file, a data file, extents): whoever opens it then reads them.
 So the headers are read here first, by hand, and such images are refused; only then does qemu-img see the file, within
 limits on memory and time. A format is never guessed by QEMU: it is found by its magic, and raw only when asked for.
-Sources of the layouts: QEMU's docs/interop/qcow2.txt, VMware's Virtual Disk Format 1.1, Microsoft's VHD 1.0 and VHDX 1.0.
+Sources of the layouts: QEMU's docs/interop/qcow2.txt, VMware's Virtual Disk Format 1.1, Microsoft's VHD and VHDX 1.0.
 """
 
 import json
@@ -87,28 +87,34 @@ def _read_headers(path: Path, expected: ImageFormat | None) -> ImageFormat:
                 "If it is a raw disk, say so: --format raw.",
             )
         if found is not None and expected is not None and found is not expected:
-            raise Invalid("image_format", f"The image was said to be {expected} but is {found}.", f"Say --format {found}.")
+            raise Invalid(
+                "image_format", f"The image was said to be {expected} but is {found}.", f"Say --format {found}."
+            )
         if found is None and expected is not ImageFormat.RAW:
             raise Invalid("image_format", f"The image was said to be {expected} but is not.", "Check the source.")
-        format = found or ImageFormat.RAW
+        kind = found or ImageFormat.RAW
         check = {
             ImageFormat.QCOW2: _check_qcow2,
             ImageFormat.VMDK: _check_vmdk,
             ImageFormat.VDI: _check_vdi,
             ImageFormat.VPC: _check_vpc,
-        }.get(format)
+        }.get(kind)
         if check is not None:
             try:
                 check(file, size)
             except struct.error:
-                raise Invalid("image_truncated", f"The {format} image ends inside its header.", "Fetch it again.") from None
-    return format
+                raise Invalid(
+                    "image_truncated", f"The {kind} image ends inside its header.", "Fetch it again."
+                ) from None
+    return kind
 
 
 def _by_magic(start: bytes, file: BinaryIO, size: int) -> ImageFormat | None:
     if start.startswith(b"QFI\xfb"):
         if start[4:8] not in (b"\0\0\0\2", b"\0\0\0\3"):
-            raise Invalid("image_format", "This is a qcow image of version 1.", "Convert it: qemu-img convert -O qcow2.")
+            raise Invalid(
+                "image_format", "This is a qcow image of version 1.", "Convert it: qemu-img convert -O qcow2."
+            )
         return ImageFormat.QCOW2
     if start.startswith((b"KDMV", b"COWD")) or start.lstrip().lower().startswith(b"# disk descriptorfile"):
         return ImageFormat.VMDK
@@ -121,8 +127,8 @@ def _by_magic(start: bytes, file: BinaryIO, size: int) -> ImageFormat | None:
     return None
 
 
-def _refuse_other_file(kind: str, code: str, hint: str) -> Invalid:
-    return Invalid(code, f"The image refers to another file ({kind}): it is not whole by itself.", hint)
+def _refers_to(what: str, code: str, hint: str) -> Invalid:
+    return Invalid(code, f"The image refers to another file ({what}): it is not whole by itself.", hint)
 
 
 def _check_qcow2(file: BinaryIO, size: int) -> None:
@@ -132,7 +138,7 @@ def _check_qcow2(file: BinaryIO, size: int) -> None:
     version, backing_offset = struct.unpack_from(">IQ", header, 4)
     (crypt_method,) = struct.unpack_from(">I", header, 32)
     if backing_offset:
-        raise _refuse_other_file("a backing file", "image_backing_file", "Flatten it: qemu-img convert -O qcow2 IN OUT.")
+        raise _refers_to("a backing file", "image_backing_file", "Flatten it: qemu-img convert -O qcow2 IN OUT.")
     if crypt_method:
         raise Invalid("image_format", "The qcow2 image is encrypted.", "Decrypt it: qemu-img convert -O qcow2.")
     if version < 3:
@@ -140,7 +146,7 @@ def _check_qcow2(file: BinaryIO, size: int) -> None:
     (features,) = struct.unpack_from(">Q", header, 72)
     (header_length,) = struct.unpack_from(">I", header, 100)
     if features & _QCOW2_DATA_FILE or _QCOW2_DATA_FILE_NAME in _qcow2_extensions(file, header_length, size):
-        raise _refuse_other_file("a data file", "image_data_file", "Convert it: qemu-img convert -O qcow2 IN OUT.")
+        raise _refers_to("a data file", "image_data_file", "Convert it: qemu-img convert -O qcow2 IN OUT.")
 
 
 def _qcow2_extensions(file: BinaryIO, offset: int, size: int) -> set[int]:
@@ -162,28 +168,28 @@ def _check_vmdk(file: BinaryIO, size: int) -> None:
     header = file.read(512)
     hint = "Export it as one file: streamOptimized, as an OVA contains."
     if not header.startswith(b"KDMV"):
-        raise _refuse_other_file("its extents", "image_data_file", hint)
+        raise _refers_to("its extents", "image_data_file", hint)
     capacity, _, descriptor_sector, descriptor_sectors = struct.unpack_from("<QQQQ", header, 12)
     if capacity == 0 or descriptor_sectors == 0:
-        raise _refuse_other_file("its extents", "image_data_file", hint)
+        raise _refers_to("its extents", "image_data_file", hint)
     if descriptor_sectors > 2048 or (descriptor_sector + descriptor_sectors) * 512 > size:
         raise Invalid("image_truncated", "The vmdk image ends before its descriptor.", "Fetch it again.")
     file.seek(descriptor_sector * 512)
     text = file.read(descriptor_sectors * 512).split(b"\0", 1)[0].decode(errors="replace")
     if re.search(r"parentFileNameHint", text) or not re.search(r"(?im)^\s*parentCID\s*=\s*f{8}\s*$", text):
-        raise _refuse_other_file("a parent disk", "image_backing_file", "Consolidate the VM's snapshots, then export.")
+        raise _refers_to("a parent disk", "image_backing_file", "Consolidate the VM's snapshots, then export.")
     kinds = re.findall(r"(?m)^\s*createType\s*=\s*(\S+)", text)
     extents = re.findall(r"(?m)^\s*(?:RW|RDONLY|NOACCESS)\s+\d+\s+(\S+)", text)
     if len(kinds) != 1 or kinds[0] not in _SPARSE_VMDK or extents != ["SPARSE"]:
-        raise _refuse_other_file("its extents", "image_data_file", hint)
+        raise _refers_to("its extents", "image_data_file", hint)
 
 
 def _check_vdi(file: BinaryIO, size: int) -> None:
     file.seek(0)
     header = file.read(400)
-    (kind,) = struct.unpack_from("<I", header, 0x4C)
-    if kind not in (1, 2):  # dynamic, static
-        raise _refuse_other_file("a parent disk", "image_backing_file", "Clone the disk in VirtualBox, then export the clone.")
+    (variant,) = struct.unpack_from("<I", header, 0x4C)
+    if variant not in (1, 2):  # dynamic, static
+        raise _refers_to("a parent disk", "image_backing_file", "Clone the disk in VirtualBox, then export the clone.")
     (data_offset,) = struct.unpack_from("<I", header, 0x158)
     block_size, _, _, allocated = struct.unpack_from("<IIII", header, 0x178)
     _refuse_if_shorter(size, data_offset + block_size * allocated, ImageFormat.VDI)
@@ -201,58 +207,58 @@ def _check_vpc(file: BinaryIO, size: int) -> None:
     footer = _vpc_footer(file, size)
     if not footer.startswith(b"conectix"):
         raise Invalid("image_truncated", "The vpc image has lost its end: its footer is missing.", "Fetch it again.")
-    (kind,) = struct.unpack_from(">I", footer, 60)
-    if kind == 4 or (start.startswith(b"conectix") and struct.unpack_from(">I", start, 60)[0] == 4):
-        raise _refuse_other_file("a parent disk", "image_backing_file", "Merge the differencing disk into its parent.")
-    if kind == 2:
+    (variant,) = struct.unpack_from(">I", footer, 60)
+    if variant == 4 or (start.startswith(b"conectix") and struct.unpack_from(">I", start, 60)[0] == 4):
+        raise _refers_to("a parent disk", "image_backing_file", "Merge the differencing disk into its parent.")
+    if variant == 2:
         _refuse_if_shorter(size, struct.unpack_from(">Q", footer, 48)[0] + 512, ImageFormat.VPC)
 
 
-def _refuse_if_shorter(size: int, needed: int, format: ImageFormat) -> None:
+def _refuse_if_shorter(size: int, needed: int, kind: ImageFormat) -> None:
     if size < needed:
         raise Invalid(
-            "image_truncated", f"The {format} image needs {needed} bytes; the file has {size}.", "Fetch it again."
+            "image_truncated", f"The {kind} image needs {needed} bytes; the file has {size}.", "Fetch it again."
         )
 
 
-async def _qemu_info(path: Path, format: ImageFormat) -> dict[str, Any]:
-    argv = ["qemu-img", "info", "-U", "--output", "json", "-f", format.value, str(path)]
+async def _qemu_info(path: Path, kind: ImageFormat) -> dict[str, Any]:
+    argv = ["qemu-img", "info", "-U", "--output", "json", "-f", kind.value, str(path)]
     completed = await run(limited(argv, cpu_s=30), timeout_s=60, check=False)
     if completed.returncode != 0:
-        raise _broken(format, completed)
+        raise _broken(kind, completed)
     facts: dict[str, Any] = json.loads(completed.stdout)
     if "backing-filename" in facts or "full-backing-filename" in facts:
-        raise _refuse_other_file("a backing file", "image_backing_file", "Flatten it: qemu-img convert -O qcow2 IN OUT.")
+        raise _refers_to("a backing file", "image_backing_file", "Flatten it: qemu-img convert -O qcow2 IN OUT.")
     specific = facts.get("format-specific", {}).get("data", {})
     if "data-file" in specific:
-        raise _refuse_other_file("a data file", "image_data_file", "Convert it: qemu-img convert -O qcow2 IN OUT.")
+        raise _refers_to("a data file", "image_data_file", "Convert it: qemu-img convert -O qcow2 IN OUT.")
     return facts
 
 
-async def _qemu_check(path: Path, format: ImageFormat, size: int) -> None:
+async def _qemu_check(path: Path, kind: ImageFormat, size: int) -> None:
     """Let qemu-img walk through the tables. Leaks (exit code 3) harm nobody: the image is rewritten anyway.
 
     A qcow2 that lost its tail reads as zeros there, so its end is compared too. Its last cluster may be a short one
     when clusters are compressed.
     """
-    argv = ["qemu-img", "check", "-U", "--output", "json", "-f", format.value, str(path)]
+    argv = ["qemu-img", "check", "-U", "--output", "json", "-f", kind.value, str(path)]
     completed = await run(limited(argv, cpu_s=600), timeout_s=1800, check=False)
     if completed.returncode == 63:  # this build of qemu-img cannot check the format
         return
     if completed.returncode not in (0, 2, 3):
-        raise _broken(format, completed)
+        raise _broken(kind, completed)
     report: dict[str, Any] = json.loads(completed.stdout)
     slack = 65536 if report.get("compressed-clusters") else 512
-    if format is ImageFormat.QCOW2 and size + slack <= int(report.get("image-end-offset", 0)):
-        _refuse_if_shorter(size, int(report["image-end-offset"]), format)
+    if kind is ImageFormat.QCOW2 and size + slack <= int(report.get("image-end-offset", 0)):
+        _refuse_if_shorter(size, int(report["image-end-offset"]), kind)
     if report.get("corruptions") or completed.returncode == 2:
         if b"past the end" in completed.stderr or b"past end" in completed.stderr:
-            raise Invalid("image_truncated", f"The {format} image has lost its end.", "Fetch it again.")
-        raise _broken(format, completed)
+            raise Invalid("image_truncated", f"The {kind} image has lost its end.", "Fetch it again.")
+        raise _broken(kind, completed)
 
 
-def _broken(format: ImageFormat, completed: Completed) -> Invalid:
+def _broken(kind: ImageFormat, completed: Completed) -> Invalid:
     words = last_lines(completed.stderr, 2) or last_lines(completed.stdout, 2)
     if re.search(r"truncated|past end|Could not read|too short|end of file", words, re.IGNORECASE):
-        return Invalid("image_truncated", f"The {format} image is cut short. qemu-img said: {words}", "Fetch it again.")
-    return Invalid("image_corrupt", f"The {format} image is damaged. qemu-img said: {words}", "Check the source.")
+        return Invalid("image_truncated", f"The {kind} image is cut short. qemu-img said: {words}", "Fetch it again.")
+    return Invalid("image_corrupt", f"The {kind} image is damaged. qemu-img said: {words}", "Check the source.")

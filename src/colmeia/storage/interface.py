@@ -58,7 +58,7 @@ class Images(Protocol):
         image_id: str,
         source: str,
         *,
-        format: ImageFormat | None,
+        format: ImageFormat | None,  # noqa: A002
         sha256: str | None,
         progress: Progress,
     ) -> StoredImage: ...
@@ -67,7 +67,7 @@ class Images(Protocol):
 
     async def delete(self, image_id: str) -> None: ...
 
-    def export(self, image_id: str, format: ImageFormat) -> AsyncIterator[bytes]: ...
+    def export(self, image_id: str, format: ImageFormat) -> AsyncIterator[bytes]: ...  # noqa: A002
 
     def block_source(self, image_id: str) -> BlockSource: ...
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from colmeia.model.vm import CloudInit
 
-DEFAULT_USER = "colmeia"
-
 
 def build_seed(vm_id: str, name: str, cloud_init: CloudInit, macs: Sequence[str] = ()) -> bytes:
     """Return the ISO 9660 image (Joliet and Rock Ridge) of the seed, about 370 KiB.
@@ -45,15 +43,18 @@ def seed_files(vm_id: str, name: str, cloud_init: CloudInit, macs: Sequence[str]
 
 
 def _user_data(hostname: str, cloud_init: CloudInit) -> dict[str, Any]:
-    user: dict[str, Any] = {
-        "name": cloud_init.user or DEFAULT_USER,
-        "groups": ["adm", "sudo"],
-        "shell": "/bin/bash",
-        "sudo": "ALL=(ALL) NOPASSWD:ALL",
-        "lock_passwd": True,
-        "ssh_authorized_keys": list(cloud_init.ssh_keys),
-    }
-    return {"hostname": hostname, "manage_etc_hosts": True, "ssh_pwauth": False, "users": [user]}
+    """A named user may be root; without a name it is the image's own default user (debian, ubuntu…), who may too."""
+    user: dict[str, Any] | str = "default"
+    if cloud_init.user is not None:
+        user = {
+            "name": cloud_init.user,
+            "shell": "/bin/bash",
+            "sudo": "ALL=(ALL) NOPASSWD:ALL",
+            "lock_passwd": True,
+            "ssh_authorized_keys": list(cloud_init.ssh_keys),
+        }
+    keys = {"ssh_authorized_keys": list(cloud_init.ssh_keys)} if user == "default" else {}
+    return {"hostname": hostname, "manage_etc_hosts": True, "ssh_pwauth": False, "users": [user], **keys}
 
 
 def _network_config(macs: Sequence[str]) -> dict[str, Any]:
