@@ -15,7 +15,7 @@ Shell = Literal["bash", "zsh", "fish"]
 def show(shell: Shell, /) -> None:
     """Print the completion script.
 
-    Examples:
+    For example:
 
         source <(colmeia completion show bash)
     """

@@ -52,7 +52,7 @@ def import_(
 ) -> None:
     """Import an image from a file on the server or from a URL.
 
-    Examples:
+    For example:
 
         colmeia image import /srv/debian-12.qcow2
         colmeia image import https://example.org/debian-12.qcow2 --name debian-12 --sha256 SUM
@@ -81,7 +81,7 @@ def import_(
 def build(recipe: str, /, *, name: str | None = None, common: Changing = CHANGING) -> None:
     """Build an image from the distribution's packages.
 
-    Examples:
+    For example:
 
         colmeia image build tiny            10 MB, boots in seconds, for trying out
         colmeia image build debian/12       cloud kernel, cloud-init, guest agent, sshd

@@ -39,10 +39,10 @@ app = App(
 
 First steps:
 
-    colmeia doctor                                  what this machine can do
-    colmeia image build tiny                        an image of 10 MB that boots in seconds
-    colmeia vm create web1 --image tiny --start     a virtual machine
-    colmeia vm console web1                         its serial console; ~. leaves
+    colmeia doctor                               what this machine can do
+    colmeia image build tiny                     a small image for trying out
+    colmeia vm create web1 --image tiny --start  a virtual machine
+    colmeia vm console web1                      its console; ~. leaves
 
 The server is the local socket, or COLMEIA_SERVER (https://HOST:PORT, with COLMEIA_TOKEN and COLMEIA_CA).
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 conflict, 5 not permitted, 6 server unreachable.""",

@@ -35,7 +35,7 @@ def _in_words() -> Iterator[None]:
 def doctor(*, output: Annotated[Output, Parameter(name=["--output", "-o"])] = "table") -> None:
     """Say what this machine can do, what is missing and how to mend it.
 
-    Examples:
+    For example:
 
         colmeia doctor
         colmeia doctor -o json

@@ -30,7 +30,7 @@ def list_(*, common: Common = COMMON) -> None:
 def create(name: str, /, *, role: Literal["admin", "member", "viewer"] = "member", common: Common = COMMON) -> None:
     """Create a token and print its secret: this once, and alone on the output.
 
-    Examples:
+    For example:
 
         export COLMEIA_TOKEN=$(colmeia token create laptop --role admin)
         export COLMEIA_SERVER=https://host.example.org:8443

@@ -71,7 +71,7 @@ def create(
 ) -> None:
     """Create a virtual machine.
 
-    Examples:
+    For example:
 
         colmeia vm create demo --image tiny --start
         colmeia vm create web1 --image debian-12 --cpus 2 --memory 2GiB --disk 20GiB
@@ -269,7 +269,7 @@ def delete(*names: Names, force: Annotated[bool, Parameter(negative="")] = False
 def console(name: str, /, *, idle: float = 1.0, common: Common = COMMON) -> int:
     """Attach to the serial console. ~. at the start of a line leaves; ~~ sends a ~.
 
-    Examples:
+    For example:
 
         colmeia vm console web1
         echo uptime | colmeia vm console web1
@@ -288,7 +288,7 @@ def console(name: str, /, *, idle: float = 1.0, common: Common = COMMON) -> int:
 def vnc(name: str, /, *, port: int = 0, common: Common = COMMON) -> int:
     """Offer the screen to a VNC viewer, on a port of 127.0.0.1, until Ctrl-C.
 
-    Examples:
+    For example:
 
         colmeia vm vnc web1 --port 5901
         vncviewer 127.0.0.1:5901
@@ -325,7 +325,7 @@ def exec_(
 ) -> int:
     """Run a command in the guest, through its agent. Ends with the command's exit code.
 
-    Examples:
+    For example:
 
         colmeia vm exec web1 -- uname -a
         colmeia vm exec web1 -- sh -c 'df -h /'
