@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colmeia.testing.daemon import Daemon
+from colmeia.testing.daemon import UID_BASE, Daemon
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,12 +18,10 @@ def anyio_backend() -> str:
 
 
 def _traces() -> dict[str, set[str]]:
-    """What a test could leave behind: child processes of ours, namespaces, taps, mounts, descriptors."""
-    mine = subprocess.run(["ps", "-eo", "pid=,comm="], capture_output=True, text=True, check=True).stdout.split("\n")
-    watched = ("qemu-", "setpriv", "swtpm", "colmeia")
+    """What a test could leave behind: processes of ours, namespaces, taps, mounts, descriptors."""
     run_netns = Path("/run/netns")
     return {
-        "processes": {line.strip() for line in mine if any(name in line for name in watched)},
+        "processes": set(_own_processes()),
         "namespaces": set(os.listdir(run_netns)) if run_netns.is_dir() else set(),
         "taps": {name for name in os.listdir("/sys/class/net") if name.startswith("tap")},
         "mounts": {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()},
@@ -33,6 +31,15 @@ def _traces() -> dict[str, set[str]]:
             if (target := _target(name)) and target.startswith(("socket:", "/")) and "pytest" not in target
         },
     }
+
+
+def _own_processes() -> Iterator[str]:
+    """Our children, and whatever runs under a host user of our VMs: other test runs on this machine are not ours."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,uid=,comm="], capture_output=True, text=True, check=True).stdout
+    for line in listing.splitlines():
+        pid, parent, uid, name = line.split(None, 3)
+        if name != "ps" and (int(parent) == os.getpid() or UID_BASE <= int(uid) < UID_BASE + 100):
+            yield f"{pid} {name}"
 
 
 def _target(descriptor: str) -> str:

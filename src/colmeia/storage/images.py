@@ -215,7 +215,8 @@ def _copy_file(source: Path, part: Path, progress: Progress) -> str:
                     digest.update(piece)
                     done += len(piece)
                     _write_or_skip(out_fd, piece)
-                    progress(min(done / size, 1.0) if size else 1.0, f"copied {done / MIB:.0f} of {size / MIB:.0f} MiB")
+                    share, message = min(done / max(size, 1), 1.0), f"copied {done / MIB:.0f} of {size / MIB:.0f} MiB"
+                    anyio.from_thread.run_sync(progress, share, message)
                 out.truncate(done)
         except OSError as error:
             forget_part(part)
@@ -298,7 +299,9 @@ def _take(built: BuiltImage, folder: Path) -> None:
     """Move the files of a finished build to their places."""
     for source, name in ((built.kernel, "kernel"), (built.initrd, "initrd"), (built.disk, "disk.qcow2")):
         if source is not None:
-            source.chmod(0o600)
+            # QEMU opens kernel and initrd again, as its own user, through the descriptor it inherits: readable by all
+            # inside a folder that only we may enter
+            source.chmod(0o600 if name == "disk.qcow2" else 0o444)
             _sync(source)
             source.replace(folder / name)
 

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+UID_BASE = 700_000 + os.getpid() % 10_000 * 100
+"""Host users of the VMs that this test process makes: what runs under them is ours, and nobody else's."""
+
 
 def wait_until(what: str, look: Callable[[], T | None], *, timeout_s: float = 60.0) -> T:
     """Return the first true answer of ``look``. Raises AssertionError that names ``what`` at the deadline."""
@@ -62,6 +65,7 @@ class Daemon:
             "COLMEIA_STATE_DIR": str(self.state),
             "COLMEIA_RUN_DIR": str(self.run),
             "COLMEIA_LISTEN": listen,
+            "COLMEIA_UID_BASE": str(UID_BASE),
             "COLMEIA_SERVER": f"unix://{self.socket}",
             **{f"COLMEIA_{key.upper()}": value for key, value in settings.items()},
         }
@@ -71,7 +75,7 @@ class Daemon:
         with self.log.open("ab") as log:
             # setpriv: if the test process is killed, the daemon goes too
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "colmeia.cli", "serve"],
+                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", "from colmeia.cli.main import main; main()", "serve"],
                 env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         wait_until("the daemon answers", self._answers, timeout_s=30)
