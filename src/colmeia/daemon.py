@@ -53,7 +53,7 @@ def run(settings: Settings) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises ColmeiaError when it cannot start."""
     _set_up_logging(settings.log_format)
     with _locked(settings.state_dir):
-        anyio.run(_serve, settings, backend_options={"use_uvloop": True})
+        anyio.run(_serve, settings)  # not uvloop: it hides the sockets that carry descriptors to QEMU
 
 
 async def _serve(settings: Settings) -> None:

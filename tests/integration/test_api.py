@@ -57,6 +57,20 @@ def test_tcp_needs_tls_and_a_token_and_a_role_reaches_no_further(tmp_path: Path)
         daemon.close()
 
 
+def test_a_header_cannot_pose_as_the_local_socket(tmp_path: Path) -> None:
+    port = free_port()
+    daemon = Daemon(tmp_path, listen=f"127.0.0.1:{port}").start()
+    try:
+        context = ssl.create_default_context(cafile=daemon.state / "tls" / "server.pem")
+        request = urllib.request.Request(f"https://127.0.0.1:{port}/v1/vms", headers={"X-Forwarded-For": "unix:0"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, context=context, timeout=10)
+        caught.value.close()
+        assert caught.value.code == 401
+    finally:
+        daemon.close()
+
+
 def test_errors_are_problem_documents(module_daemon: Daemon) -> None:
     for method, path, status in (("GET", "/nowhere", 404), ("PUT", "/v1/vms", 405), ("POST", "/v1/vms", 422)):
         with pytest.raises(ApiAnswer) as caught:

@@ -84,8 +84,9 @@ def tcp_server(app: FastAPI, listen: str, certificate: Path, key: Path) -> tuple
 
 def _config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=_PeerHttp, ws=_PeerWebSocket, lifespan="off", log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_S, ws_max_size=1 << 20,
+        app, loop="asyncio", http=_PeerHttp, ws=_PeerWebSocket, lifespan="off", log_config=None, access_log=False,
+        server_header=False, timeout_graceful_shutdown=SHUTDOWN_S, ws_max_size=1 << 20,
+        proxy_headers=False,  # else a header could claim to be the local socket's peer
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ SECTOR = 512
 _BIOS_FIRST, _ESP_FIRST, _ROOT_FIRST = 2048, 4096, 69632  # sectors: 1 MiB for GRUB's core, 32 MiB for the ESP
 DISK_BYTES = 3 * GIB
 _ROOT_BYTES = DISK_BYTES - _ROOT_FIRST * SECTOR - MIB  # the last MiB holds the second partition table
+_ROOT_LAST = _ROOT_FIRST + _ROOT_BYTES // SECTOR - 1
 
 _GRUB_MODULES = ("part_gpt", "ext2", "search", "search_label", "normal", "configfile", "linux", "boot", "echo", "test")
 _GRUB_EARLY = "search --no-floppy --label root --set root\nset prefix=($root)/boot/grub\nnormal\n"
@@ -293,7 +294,7 @@ async def _write_disk(raw: Path, root: Path, work: Path) -> None:
             "sgdisk", "--clear",
             f"--new=1:{_BIOS_FIRST}:{_ESP_FIRST - 1}", "--typecode=1:ef02", "--change-name=1:grub",
             f"--new=2:{_ESP_FIRST}:{_ROOT_FIRST - 1}", "--typecode=2:ef00", "--change-name=2:esp",
-            f"--new=3:{_ROOT_FIRST}:{_ROOT_FIRST + _ROOT_BYTES // SECTOR - 1}", "--typecode=3:8304", "--change-name=3:root",
+            f"--new=3:{_ROOT_FIRST}:{_ROOT_LAST}", "--typecode=3:8304", "--change-name=3:root",
             str(raw),
         ],
         timeout_s=60,

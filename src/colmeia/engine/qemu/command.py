@@ -186,7 +186,8 @@ def _choose(request: LaunchRequest, facts: HostFacts) -> Runtime:
         cpu_model=automatic if spec.cpu_model == "auto" else spec.cpu_model,
         firmware=firmware,
         aio=aio,
-        iothreads=1 if request.disks else 0,
+        # virtio-mmio has the ioeventfd that an I/O thread needs only under KVM
+        iothreads=1 if request.disks and not (microvm and accelerator is Accelerator.TCG) else 0,
         warnings=tuple(warnings),
     )
 
@@ -281,10 +282,11 @@ def _add_memory(parts: _Parts, request: LaunchRequest) -> None:
 
 
 def _add_disks(parts: _Parts, request: LaunchRequest, runtime: Runtime, *, pci: bool) -> None:
-    if request.disks:
+    thread: dict[str, Json] = {"iothread": "io0"} if runtime.iothreads else {}
+    if thread:
         parts.add(Object("iothread", "io0"))
     if any(disk.disk.bus is DiskBus.VIRTIO_SCSI for disk in request.disks):
-        parts.add(virtio("scsi", "scsi0", {"iothread": "io0"}, address=_function(_SLOT_COMPANIONS, 3), pci=pci))
+        parts.add(virtio("scsi", "scsi0", thread, address=_function(_SLOT_COMPANIONS, 3), pci=pci))
     for index, disk in enumerate(request.disks):
         node = _add_chain(parts, f"disk{index}", disk.source, runtime.aio[disk.disk.name])
         common: dict[str, Json] = {"drive": node, "bootindex": index + 1}
@@ -292,7 +294,7 @@ def _add_disks(parts: _Parts, request: LaunchRequest, runtime: Runtime, *, pci: 
             scsi = {"bus": "scsi0.0", "scsi-id": index, "device_id": disk.disk.name[:20], **common}
             parts.add(Device("scsi-hd", f"dev-disk{index}", scsi))
             continue
-        blk: dict[str, Json] = {"iothread": "io0", "serial": disk.disk.name[:20], **common}
+        blk: dict[str, Json] = {**thread, "serial": disk.disk.name[:20], **common}
         parts.add(virtio("blk", f"dev-disk{index}", blk, address=_disk_address(index), pci=pci))
     if request.seed is not None:
         source = BlockSource(path=request.seed, format=BlockFormat.RAW, read_only=True)

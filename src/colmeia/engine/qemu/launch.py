@@ -33,8 +33,8 @@ class AlreadyRunsError(Exception):
 def launch(plan: Plan, run: Path, logs: Path) -> Process:
     """Start QEMU and return its process. ``run`` and ``logs`` are the VM's own folders, made when missing.
 
-    Blocks; not idempotent. Raises AlreadyRunsError, Conflict (`port_in_use`), Unavailable (a file is missing, QEMU cannot
-    be executed). Leaves no process and no descriptor behind when it raises.
+    Blocks; not idempotent. Raises AlreadyRunsError, Conflict (`port_in_use`), Unavailable (a file is missing, QEMU
+    cannot be executed). Leaves no process and no descriptor behind when it raises.
     """
     for folder in (run, logs):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ class Session:
         self._connected = anyio.Event()
         self._lost = anyio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._keeping = anyio.CancelScope()
         self._descriptors = anyio.Lock()
 
     async def open(self) -> None:
@@ -108,7 +109,7 @@ class Session:
         """Let go of QEMU, which runs on."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            keeper.cancel()
+            self._keeping.cancel()
             await asyncio.wait([keeper])
         await self._disconnect()
 
@@ -133,18 +134,19 @@ class Session:
 
     async def _disconnect(self) -> None:
         """Bring the client back to idle. The library raises what ended the session here; we know it already."""
-        with contextlib.suppress(Exception):
+        with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
             await self._client.disconnect()
 
     async def _keep(self) -> None:
-        while True:
-            while self._client.runstate is Runstate.RUNNING:
-                await self._client.runstate_changed()
-            self._connected = anyio.Event()
-            await self._disconnect()
-            self._lost.set()
-            await self._reconnect()
-            self._on_reconnect()
+        with self._keeping:
+            while True:
+                while self._client.runstate is Runstate.RUNNING:
+                    await self._client.runstate_changed()
+                self._connected = anyio.Event()
+                await self._disconnect()
+                self._lost.set()
+                await self._reconnect()
+                self._on_reconnect()
 
     async def _reconnect(self) -> None:
         attempt = 0
