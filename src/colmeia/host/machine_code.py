@@ -63,7 +63,7 @@ def measure_tsc_khz() -> int | None:
 
 
 def _elapsed_ns(loop: Callable[[int], None]) -> int:
-    # Not the thread's CPU time: where the kernel distrusts its TSC that advances in ticks of 4 ms, or not at all.
+    # Not the thread's CPU time: where the kernel distrusts its TSC that may stand still, and the rate become infinite.
     started = time.perf_counter_ns()
     loop(_COUNTS)
     return time.perf_counter_ns() - started
