@@ -156,13 +156,14 @@ class ImageStore:
                 await anyio.Path(target).unlink(missing_ok=True)
 
     async def export_to(self, image_id: str, target: Path, into: ImageFormat, progress: Progress) -> None:
-        """Write the image to ``target`` in ``format``; a half-written file is removed."""
+        """Write the image to ``target`` in the format ``into``; a half-written file is removed."""
         disk = Path(self.block_source(image_id).path)
         argv = ["qemu-img", "convert", "-p", "-f", "qcow2", "-O", into.value, *_EXPORT_OPTIONS.get(into, [])]
         try:
             await _run_convert([*argv, str(disk), str(target)], target.parent, progress, "exporting")
         except BaseException:
-            target.unlink(missing_ok=True)
+            with anyio.CancelScope(shield=True):
+                await anyio.Path(target).unlink(missing_ok=True)
             raise
 
     def block_source(self, image_id: str) -> BlockSource:
