@@ -1,7 +1,11 @@
 """The SDK against a real HTTP server that speaks the contract: errors, retries, waiting, pages, streams, consoles."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
+import termios
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -347,3 +351,46 @@ def test_commands_answer_and_end_as_promised(
     printed = capsys.readouterr()
     assert out in printed.out
     assert err in printed.err
+
+
+@pytest.mark.parametrize("typed", [b"uptime\n", b"uptime\n~.never sent"])
+def test_the_console_works_in_a_pipe(server: FakeServer, typed: bytes) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "colmeia.cli.main",
+        "vm",
+        "console",
+        "web1",
+        "--idle",
+        "0.5",
+        "--server",
+        server.url,
+    ]
+    done = subprocess.run(command, input=typed, capture_output=True, timeout=60, check=True)
+    assert done.stdout.startswith(b"login: ")
+    assert b"never" not in done.stdout
+    if b"~." not in typed:
+        assert done.stdout == b"login: <uptime\n>"
+
+
+def test_the_console_on_a_terminal_is_raw_and_left_by_its_escape(server: FakeServer) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "colmeia.cli.main", "vm", "console", "web1", "--server", server.url]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as console:
+        try:
+            assert console.stdout is not None
+            assert console.stderr is not None
+            assert b"Leave with ~." in console.stderr.readline()
+            assert console.stdout.read(7) == b"login: "
+            before = termios.tcgetattr(ours)[3]
+            os.write(ours, b"\x03")
+            assert console.stdout.read(3) == b"<\x03>"
+            os.write(ours, b"\r~.")
+            assert console.wait(20) == 0
+            assert not before & termios.ICANON
+            assert termios.tcgetattr(ours)[3] & termios.ICANON
+        finally:
+            console.kill()
+            os.close(ours)
+            os.close(theirs)

@@ -1,7 +1,7 @@
 """Every request of the API as a value: said once, carried out by the sync and the async client alike. No I/O."""
 
 import json
-import uuid
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -87,7 +87,7 @@ def _ref(noun: str, ref: str, action: str = "") -> str:
 
 def _work(method: str, path: str, body: Mapping[str, Any] | None = None, query: Query | None = None) -> Call[Operation]:
     """Ask for long work. The key makes one operation of it, however often the request arrives."""
-    return Call(method, path, query or {}, body=body, key=str(uuid.uuid4()))
+    return Call(method, path, query or {}, body=body, key=os.urandom(16).hex())
 
 
 def _post(path: str, body: Mapping[str, Any] | None = None) -> Call[Any]:
