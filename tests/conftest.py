@@ -10,6 +10,7 @@ import pytest
 from colmeia.testing.daemon import UID_BASE, Daemon
 
 ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache" / "packages"
 
 
 @pytest.fixture
@@ -72,14 +73,14 @@ def tiny_image() -> Path:
     folder = ROOT / ".cache" / "tiny"
     if not (folder / "kernel").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        anyio.run(build_tiny, folder, ROOT / ".cache" / "packages", lambda _share, _message: None)
+        anyio.run(build_tiny, folder, CACHE, lambda _share, _message: None)
     return folder
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
     """A daemon of the test's own; everything it made is gone afterwards."""
-    made = Daemon(tmp_path)
+    made = Daemon(tmp_path, cache_dir=str(CACHE))
     made.start()
     yield made
     made.close()
@@ -88,7 +89,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 @pytest.fixture(scope="module")
 def module_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that the tests of a module share, with the image `tiny`."""
-    made = Daemon(tmp_path_factory.mktemp("daemon"))
+    made = Daemon(tmp_path_factory.mktemp("daemon"), cache_dir=str(CACHE))
     made.start()
     made.done(made.post("/v1/images/build", {"name": "tiny", "recipe": "tiny"}))
     yield made

@@ -71,7 +71,7 @@ async def _serve(settings: Settings) -> None:
                 facts, settings.run_dir / "vms", settings.state_dir / "logs", *_reporters(news)
             ),
             volumes=DirectoryPool(settings.state_dir / "volumes"),
-            images=ImageStore(settings.state_dir / "images", settings.state_dir / "cache"),
+            images=ImageStore(settings.state_dir / "images", settings.cache_dir or settings.state_dir / "cache"),
             facts=facts,
             uid_base=settings.uid_base,
             vm_dir=settings.state_dir / "vms",

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
 
     state_dir: Path = Field(default_factory=_state_dir, description="Database, images, volumes, logs.")
     run_dir: Path = Field(default_factory=_run_dir, description="Sockets; gone after a reboot.")
+    cache_dir: Path | None = Field(default=None, description="Downloaded packages; default: in the state folder.")
     database_url: str = Field(default="", description="Empty: SQLite in the state folder.")
     listen: Annotated[str, NoDecode] = Field(
         default="127.0.0.1:8440", pattern=r"^$|^[^ ]+:\d{1,5}$", description="HTTPS address; empty: local socket only."
