@@ -45,7 +45,7 @@ def _own_processes() -> Iterator[str]:
 
 def _target(descriptor: str) -> str:
     try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
     except OSError:
         return ""
 

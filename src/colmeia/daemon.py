@@ -67,9 +67,7 @@ async def _serve(settings: Settings) -> None:
         services = Services(
             database=database,
             operations=Operations(database),
-            engine=QemuEngine(
-                facts, settings.run_dir / "vms", settings.state_dir / "logs", *_reporters(news)
-            ),
+            engine=QemuEngine(facts, settings.run_dir / "vms", settings.state_dir / "logs", *_reporters(news)),
             volumes=DirectoryPool(settings.state_dir / "volumes"),
             images=ImageStore(settings.state_dir / "images", settings.cache_dir or settings.state_dir / "cache"),
             facts=facts,
@@ -190,8 +188,10 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 def _set_up_logging(style: str) -> None:
-    rendering = structlog.processors.JSONRenderer() if style == "json" else structlog.processors.LogfmtRenderer(
-        key_order=["timestamp", "level", "event"]
+    rendering = (
+        structlog.processors.JSONRenderer()
+        if style == "json"
+        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
     )
     structlog.configure(
         processors=[

@@ -84,13 +84,17 @@ def read_settings(config: Path | None) -> Settings:
     file = config or CONFIG_FILE
     if config is not None and not config.is_file():
         raise Invalid("settings", f"The configuration file {config} does not exist.", "Check --config.")
-    from_file = type("Settings", (Settings,), {"model_config": SettingsConfigDict(toml_file=file), "__module__": __name__})
+    from_file = type(
+        "Settings", (Settings,), {"model_config": SettingsConfigDict(toml_file=file), "__module__": __name__}
+    )
     try:
         settings: Settings = from_file()
     except ValidationError as error:
         wrong = error.errors()[0]
         name = ".".join(str(part) for part in wrong["loc"])
-        raise Invalid("settings", f"Setting {name!r} is wrong: {wrong['msg']}.", f"See {file} and COLMEIA_… variables.") from error
+        raise Invalid(
+            "settings", f"Setting {name!r} is wrong: {wrong['msg']}.", f"See {file} and COLMEIA_… variables."
+        ) from error
     except ValueError as error:
         raise Invalid("settings", f"{file} is not TOML: {error}.", "Mend the file.") from error
     return settings

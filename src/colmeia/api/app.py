@@ -29,9 +29,13 @@ Locally: `curl --unix-socket /run/colmeia/api.sock http://localhost/v1/vms`. Ove
 def create_app(services: Services) -> FastAPI:
     """Build the application around the services."""
     app = FastAPI(
-        title="Colmeia", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None,
+        title="Colmeia",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
-    )  # fmt: skip
+    )
     app.state.services = services
     app.state.own_uid = os.getuid()
     for module in (host, vm, image, operation, event, identity, console):
@@ -66,16 +70,23 @@ async def _http_error(request: Request, error: Exception) -> Response:
         return problem(NotFound("no_such_path", f"There is nothing at {request.url.path[:100]}.", "See /docs."))
     wrong = Invalid("bad_request", f"{request.method} {request.url.path[:100]}: {error.detail}.", "See /docs.")
     document = ProblemDocument(
-        type=f"urn:colmeia:{wrong.code}", title="bad request", status=error.status_code, kind=wrong.kind, code=wrong.code,
-        detail=wrong.message, hint=wrong.hint,
-    )  # fmt: skip
+        type=f"urn:colmeia:{wrong.code}",
+        title="bad request",
+        status=error.status_code,
+        kind=wrong.kind,
+        code=wrong.code,
+        detail=wrong.message,
+        hint=wrong.hint,
+    )
     body = document.model_dump_json(exclude_none=True)
     return Response(body, error.status_code, media_type=PROBLEM_TYPE, headers=dict(error.headers or {}))
 
 
 async def _defect(request: Request, error: Exception) -> Response:
     log.error("api.defect", method=request.method, path=request.url.path, exc_info=error)
-    return problem(Internal("internal", f"A defect: {type(error).__name__}.", "Please report it with the daemon's log."))
+    return problem(
+        Internal("internal", f"A defect: {type(error).__name__}.", "Please report it with the daemon's log.")
+    )
 
 
 def _described(app: FastAPI, generate: Callable[[], dict[str, object]]) -> Callable[[], dict[str, object]]:
@@ -105,9 +116,12 @@ def _serve_docs(app: FastAPI) -> None:
 
     async def docs() -> HTMLResponse:
         return get_swagger_ui_html(
-            openapi_url="/openapi.json", title="Colmeia API", swagger_js_url="/docs/assets/swagger-ui-bundle.js",
-            swagger_css_url="/docs/assets/swagger-ui.css", swagger_favicon_url="/docs/assets/favicon-32x32.png",
-        )  # fmt: skip
+            openapi_url="/openapi.json",
+            title="Colmeia API",
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon-32x32.png",
+        )
 
     route: Callable[[], Awaitable[HTMLResponse]] = docs
     app.add_api_route("/docs", route, include_in_schema=False)

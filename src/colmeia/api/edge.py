@@ -40,18 +40,31 @@ _PROBLEM_SCHEMA = {"content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/s
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Describe the error answers of a route for the OpenAPI document."""
     titles = {
-        400: "Malformed request", 401: "Not authenticated", 403: "Not permitted", 404: "Not found",
-        409: "Conflict or busy", 412: "Changed meanwhile", 422: "Invalid", 500: "Defect or unknown outcome", 503: "Unavailable",
-    }  # fmt: skip
+        400: "Malformed request",
+        401: "Not authenticated",
+        403: "Not permitted",
+        404: "Not found",
+        409: "Conflict or busy",
+        412: "Changed meanwhile",
+        422: "Invalid",
+        500: "Defect or unknown outcome",
+        503: "Unavailable",
+    }
     return {status: {"description": titles[status], **_PROBLEM_SCHEMA} for status in (401, 403, 422, 503, *statuses)}
 
 
 def problem(error: ColmeiaError, errors: Sequence[Any] | None = None) -> Response:
     """Render an error."""
     document = ProblemDocument(
-        type=f"urn:colmeia:{error.code}", title=error.kind.replace("_", " "), status=error.status, kind=error.kind,
-        code=error.code, detail=error.message, hint=error.hint, errors=None if errors is None else list(errors),
-    )  # fmt: skip
+        type=f"urn:colmeia:{error.code}",
+        title=error.kind.replace("_", " "),
+        status=error.status,
+        kind=error.kind,
+        code=error.code,
+        detail=error.message,
+        hint=error.hint,
+        errors=None if errors is None else list(errors),
+    )
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     body = document.model_dump_json(exclude_none=True)
     return Response(body, error.status, media_type=PROBLEM_TYPE, headers=headers)
@@ -69,13 +82,17 @@ async def caller(connection: HTTPConnection) -> Identity:
         return who.identity_of_peer(int(client.host.removeprefix(PEER_PREFIX)), connection.app.state.own_uid)
     scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not secret:
-        raise Unauthenticated("token_missing", "No token was sent.", "Send 'Authorization: Bearer TOKEN' (COLMEIA_TOKEN).")
+        raise Unauthenticated(
+            "token_missing", "No token was sent.", "Send 'Authorization: Bearer TOKEN' (COLMEIA_TOKEN)."
+        )
     return await who.identity_of_secret(services_of(connection), secret.strip())
 
 
 def project_of(
     identity: Annotated[Identity, Depends(caller)],
-    project: Annotated[str | None, Query(pattern=r"^[a-z0-9-]{1,63}$", description="Default: your token's, or `default`.")] = None,
+    project: Annotated[
+        str | None, Query(pattern=r"^[a-z0-9-]{1,63}$", description="Default: your token's, or `default`.")
+    ] = None,
 ) -> str:
     return who.check_project(identity, project or identity.project or DEFAULT_PROJECT)
 
@@ -85,10 +102,17 @@ Caller = Annotated[Identity, Depends(caller)]
 InProject = Annotated[str, Depends(project_of)]
 NameOrId = Annotated[str, Path(pattern=r"^[a-z0-9-]{1,63}$", description="Name or id.")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
-Cursor = Annotated[str | None, Query(pattern=r"^[a-z0-9-]{1,63}\.[0-9a-f]{16}$", description="`next` of the page before.")]
+Cursor = Annotated[
+    str | None, Query(pattern=r"^[a-z0-9-]{1,63}\.[0-9a-f]{16}$", description="`next` of the page before.")
+]
 IdempotencyKey = Annotated[
     str | None,
-    Header(min_length=1, max_length=200, pattern=r"^[!-~]+$", description="The same key does the work once, however often it is sent."),
+    Header(
+        min_length=1,
+        max_length=200,
+        pattern=r"^[!-~]+$",
+        description="The same key does the work once, however often it is sent.",
+    ),
 ]
 
 T = TypeVar("T")
@@ -116,7 +140,9 @@ async def submitted(
 ) -> Response:
     """Have ``ask`` write its operation, once per idempotency key, and answer 202 with it."""
     services = services_of(request)
-    digest = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body())
+    digest = hashlib.sha256(
+        f"{request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
+    )
     async with services.database.transaction() as tx:
         known = None if key is None else await links.remembered(tx, identity.name, key)
         if known is not None:
@@ -136,7 +162,9 @@ async def _same_answer(tx: Connection, known: tuple[str, str], digest: str) -> O
     request_sha256, operation_id = known
     if request_sha256 != digest:
         raise Conflict(
-            "idempotency_key_reused", "This Idempotency-Key was used for a different request.", "Use a new key for new work."
+            "idempotency_key_reused",
+            "This Idempotency-Key was used for a different request.",
+            "Use a new key for new work.",
         )
     try:
         return await history.get_operation(tx, operation_id, project=None)

@@ -21,13 +21,18 @@ BATCH = 200
 @router.get(
     "",
     response_class=Response,
-    responses={200: {"description": "Events as they happen.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={
+        200: {"description": "Events as they happen.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    },
 )
 async def stream_events(
-    services: TheServices, identity: Caller,
-    after: Annotated[str, Query(pattern=r"^(now|\d{1,18})$", description="Sequence number to resume behind, or `now`.")] = "now",
+    services: TheServices,
+    identity: Caller,
+    after: Annotated[
+        str, Query(pattern=r"^(now|\d{1,18})$", description="Sequence number to resume behind, or `now`.")
+    ] = "now",
     last_event_id: Annotated[str | None, Header(max_length=20)] = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Follow events. A reader that reconnects with Last-Event-ID misses nothing."""
     position = last_event_id or after
     if position == "now":
@@ -36,7 +41,9 @@ async def stream_events(
     elif position.isascii() and position.isdigit():
         seq = int(position)
     else:
-        raise Invalid("last_event_id", "Last-Event-ID is not a sequence number.", "Send the id of the last event you saw.")
+        raise Invalid(
+            "last_event_id", "Last-Event-ID is not a sequence number.", "Send the id of the last event you saw."
+        )
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_stream(services, identity.project, seq), media_type="text/event-stream", headers=headers)
 

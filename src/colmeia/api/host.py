@@ -47,7 +47,10 @@ async def doctor(services: TheServices, identity: Caller) -> list[Check]:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"description": "Prometheus text.", "content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
+    responses={
+        200: {"description": "Prometheus text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problems(),
+    },
 )
 async def metrics(services: TheServices, identity: Caller) -> Response:
     """Figures for Prometheus."""

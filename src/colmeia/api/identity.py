@@ -18,7 +18,9 @@ async def whoami(identity: Caller) -> Response:
 
 
 @router.get("/projects", tags=["project"], response_model=Page[Project])
-async def list_projects(services: TheServices, identity: Caller, limit: Limit = 1000, cursor: Cursor = None) -> Response:
+async def list_projects(
+    services: TheServices, identity: Caller, limit: Limit = 1000, cursor: Cursor = None
+) -> Response:
     """List projects."""
     equals = {} if identity.project is None else {"name": identity.project}
     async with services.database.reading() as tx:

@@ -32,7 +32,11 @@ router = APIRouter(prefix="/v1/images", tags=["image"], responses=problems(404))
 
 @router.get("", response_model=Page[Image])
 async def list_images(
-    services: TheServices, project: InProject, limit: Limit = 1000, cursor: Cursor = None, state: ImageState | None = None
+    services: TheServices,
+    project: InProject,
+    limit: Limit = 1000,
+    cursor: Cursor = None,
+    state: ImageState | None = None,
 ) -> Response:
     """List images by name."""
     equals = {} if state is None else {"state": state.value}
@@ -42,9 +46,13 @@ async def list_images(
 
 @router.post("", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def import_image(
-    request: Request, services: TheServices, identity: Caller, project: InProject, wish: ImageImport,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    wish: ImageImport,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Import an image. A file on the server may only be named by an administrator; anyone may name a URL."""
     require(identity, write=True, admin="://" not in wish.source)
 
@@ -56,9 +64,13 @@ async def import_image(
 
 @router.post("/build", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def build_image(
-    request: Request, services: TheServices, identity: Caller, project: InProject, wish: ImageBuild,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    wish: ImageBuild,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Build an image from the distribution's packages: `tiny` or `debian/12`."""
     require(identity, write=True)
 
@@ -77,9 +89,13 @@ async def show_image(services: TheServices, project: InProject, image: NameOrId)
 
 @router.delete("/{image}", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def delete_image(
-    request: Request, services: TheServices, identity: Caller, project: InProject, image: NameOrId,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    image: NameOrId,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Delete an image that no VM is a child of."""
     require(identity, write=True)
 
@@ -93,14 +109,19 @@ async def delete_image(
     "/{image}/export",
     response_class=Response,
     responses={
-        200: {"description": "The disk.", "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {
+            "description": "The disk.",
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        },
         **problems(404, 409),
     },
 )
 async def export_image(
-    services: TheServices, project: InProject, image: NameOrId,
+    services: TheServices,
+    project: InProject,
+    image: NameOrId,
     format: Annotated[ImageFormat, Query()] = ImageFormat.QCOW2,  # noqa: A002
-) -> Response:  # fmt: skip
+) -> Response:
     """Download the disk of an image."""
     async with services.database.reading() as tx:
         found = await documents.images.get(tx, image, project=project)

@@ -16,10 +16,13 @@ OperationId = Annotated[str, Path(pattern=ID_PATTERN)]
 
 @router.get("", response_model=Page[Operation])
 async def list_operations(
-    services: TheServices, project: InProject, limit: Limit = 100,
-    cursor: Annotated[int | None, Query(ge=0, le=2**31)] = None, state: OperationState | None = None,
+    services: TheServices,
+    project: InProject,
+    limit: Limit = 100,
+    cursor: Annotated[int | None, Query(ge=0, le=2**31)] = None,
+    state: OperationState | None = None,
     target: Annotated[str | None, Query(pattern=ID_PATTERN, description="Id of the object it works on.")] = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """List operations, newest first."""
     equals = {key: value for key, value in (("state", state), ("target_id", target)) if value is not None}
     async with services.database.reading() as tx:
@@ -28,9 +31,11 @@ async def list_operations(
 
 @router.get("/{operation}", response_model=Operation)
 async def show_operation(
-    services: TheServices, identity: Caller, operation: OperationId,
+    services: TheServices,
+    identity: Caller,
+    operation: OperationId,
     wait: Annotated[float, Query(ge=0, le=300, description="Seconds to wait for its end.")] = 0.0,
-) -> Response:  # fmt: skip
+) -> Response:
     """Show an operation, or wait for its end and then show it."""
     return rendered(await services.operations.wait(operation, project=identity.project, timeout_s=wait))
 

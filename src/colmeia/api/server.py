@@ -75,7 +75,9 @@ def tcp_server(app: FastAPI, listen: str, certificate: Path, key: Path) -> tuple
     except OSError as error:
         bound.close()
         kind = Conflict if error.errno == 98 else Unavailable
-        raise kind("address_in_use", f"Cannot listen on {listen}: {error.strerror}.", "Set `listen` to a free address.") from error
+        raise kind(
+            "address_in_use", f"Cannot listen on {listen}: {error.strerror}.", "Set `listen` to a free address."
+        ) from error
     config = _config(app)
     config.ssl_certfile, config.ssl_keyfile = str(certificate), str(key)
     config.ssl_version = ssl.PROTOCOL_TLS_SERVER
@@ -84,10 +86,18 @@ def tcp_server(app: FastAPI, listen: str, certificate: Path, key: Path) -> tuple
 
 def _config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
-        app, loop="asyncio", http=_PeerHttp, ws=_PeerWebSocket, lifespan="off", log_config=None, access_log=False,
-        server_header=False, timeout_graceful_shutdown=SHUTDOWN_S, ws_max_size=1 << 20,
+        app,
+        loop="asyncio",
+        http=_PeerHttp,
+        ws=_PeerWebSocket,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        ws_max_size=1 << 20,
         proxy_headers=False,  # else a header could claim to be the local socket's peer
-    )  # fmt: skip
+    )
 
 
 async def serve_until(server: uvicorn.Server, bound: socket.socket, stop: anyio.Event) -> None:

@@ -44,7 +44,9 @@ class StartRequest(Model):
 
 class StopRequest(Model):
     force: bool = Field(default=False, description="End it at once, as if the power was cut.")
-    timeout_s: float = Field(default=60.0, ge=0, le=3600, description="How long the guest may take before it is forced.")
+    timeout_s: float = Field(
+        default=60.0, ge=0, le=3600, description="How long the guest may take before it is forced."
+    )
 
 
 @router.get("", response_model=Page[Vm])
@@ -59,9 +61,13 @@ async def list_vms(
 
 @router.post("", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def create_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, wish: VmCreate,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    wish: VmCreate,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Create a VM: its disks become copy-on-write children of their images."""
     require(identity, write=True)
 
@@ -80,9 +86,13 @@ async def show_vm(services: TheServices, project: InProject, vm: NameOrId) -> Re
 
 @router.patch("/{vm}", response_model=Vm, responses=problems(404, 409, 412))
 async def change_vm(
-    services: TheServices, identity: Caller, project: InProject, vm: NameOrId, patch: VmPatch,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
+    patch: VmPatch,
     if_match: Annotated[str | None, Header(max_length=40)] = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Change the spec. What changes holds from the next start."""
     require(identity, write=True)
     changed = await control.change(services, project, vm, patch, expected_revision=_revision(if_match))
@@ -91,19 +101,28 @@ async def change_vm(
 
 @router.delete("/{vm}", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def delete_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, vm: NameOrId,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
     force: Annotated[bool, Query(description="Also when it runs: it is ended first.")] = False,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Delete a VM and its disks."""
     return await _act(request, services, identity, project, vm, Action.DELETE, {"force": force}, idempotency_key)
 
 
 @router.post("/{vm}/start", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def start_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, vm: NameOrId,
-    how: StartRequest | None = None, idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
+    how: StartRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Start a VM."""
     arguments = (how or StartRequest()).model_dump()
     return await _act(request, services, identity, project, vm, Action.START, arguments, idempotency_key)
@@ -111,9 +130,14 @@ async def start_vm(
 
 @router.post("/{vm}/stop", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def stop_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, vm: NameOrId,
-    how: StopRequest | None = None, idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
+    how: StopRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Power off: press the ACPI button, then end it after the deadline."""
     arguments = (how or StopRequest()).model_dump()
     return await _act(request, services, identity, project, vm, Action.STOP, arguments, idempotency_key)
@@ -121,9 +145,14 @@ async def stop_vm(
 
 @router.post("/{vm}/restart", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def restart_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, vm: NameOrId,
-    how: StopRequest | None = None, idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
+    how: StopRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Stop, then start with the present spec."""
     arguments = (how or StopRequest()).model_dump()
     return await _act(request, services, identity, project, vm, Action.RESTART, arguments, idempotency_key)
@@ -131,27 +160,39 @@ async def restart_vm(
 
 @router.post("/{vm}/reset", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def reset_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, vm: NameOrId,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Press the reset button."""
     return await _act(request, services, identity, project, vm, Action.RESET, {}, idempotency_key)
 
 
 @router.post("/{vm}/pause", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def pause_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, vm: NameOrId,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Stop the guest's CPUs; memory and devices stay."""
     return await _act(request, services, identity, project, vm, Action.PAUSE, {}, idempotency_key)
 
 
 @router.post("/{vm}/resume", status_code=202, response_model=Operation, responses=problems(404, 409))
 async def resume_vm(
-    request: Request, services: TheServices, identity: Caller, project: InProject, vm: NameOrId,
+    request: Request,
+    services: TheServices,
+    identity: Caller,
+    project: InProject,
+    vm: NameOrId,
     idempotency_key: IdempotencyKey = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Set the guest's CPUs going again."""
     return await _act(request, services, identity, project, vm, Action.RESUME, {}, idempotency_key)
 
@@ -166,13 +207,20 @@ async def execute(services: TheServices, identity: Caller, project: InProject, v
 @router.get(
     "/{vm}/logs",
     response_class=Response,
-    responses={200: {"description": "What the serial console printed.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses={
+        200: {
+            "description": "What the serial console printed.",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        }
+    },
 )
 async def logs(
-    services: TheServices, project: InProject, vm: NameOrId,
+    services: TheServices,
+    project: InProject,
+    vm: NameOrId,
     lines: Annotated[int, Query(ge=0, le=100_000)] = 200,
     follow: Annotated[bool, Query(description="Go on until you hang up.")] = False,
-) -> Response:  # fmt: skip
+) -> Response:
     """Read the serial console's log."""
     path = anyio.Path(services.engine.serial_log((await _get(services, project, vm)).id))
     text, offset = await _tail(path, lines)
@@ -185,7 +233,10 @@ async def logs(
     "/{vm}/screenshot",
     response_class=Response,
     responses={
-        200: {"description": "The screen.", "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {
+            "description": "The screen.",
+            "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+        },
         **problems(404, 409),
     },
 )
@@ -199,7 +250,11 @@ async def screenshot(services: TheServices, project: InProject, vm: NameOrId) ->
 def check_running(vm: Vm) -> None:
     """Raise Conflict unless QEMU runs."""
     if vm.state not in (VmState.RUNNING, VmState.PAUSED):
-        raise Conflict("vm_state", f"VM {vm.name} is {vm.state.value}: it has no screen and no console.", f"colmeia vm start {vm.name}")
+        raise Conflict(
+            "vm_state",
+            f"VM {vm.name} is {vm.state.value}: it has no screen and no console.",
+            f"colmeia vm start {vm.name}",
+        )
 
 
 async def _get(services: Services, project: str, name_or_id: str) -> Vm:
@@ -208,9 +263,15 @@ async def _get(services: Services, project: str, name_or_id: str) -> Vm:
 
 
 async def _act(
-    request: Request, services: Services, identity: Caller, project: str, vm: str, action: Action,
-    arguments: dict[str, object], key: str | None,
-) -> Response:  # fmt: skip
+    request: Request,
+    services: Services,
+    identity: Caller,
+    project: str,
+    vm: str,
+    action: Action,
+    arguments: dict[str, object],
+    key: str | None,
+) -> Response:
     require(identity, write=True)
 
     async def ask(tx: Connection) -> Operation:

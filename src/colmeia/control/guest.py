@@ -51,7 +51,9 @@ async def execute(services: Services, vm: Vm, wish: Exec) -> ExecResult:
                 return _result(status)
             await anyio.sleep(next(polls, POLL_S[-1]))
     raise Unavailable(
-        "guest_command_timeout", f"{wish.command[0]} in {vm.name} did not end within {wish.timeout_s:.0f} s.", "It goes on there."
+        "guest_command_timeout",
+        f"{wish.command[0]} in {vm.name} did not end within {wish.timeout_s:.0f} s.",
+        "It goes on there.",
     )
 
 

@@ -46,7 +46,9 @@ async def delete_project(services: Services, name_or_id: str) -> None:
             count = await tx.scalar(select(func.count()).where(table.c.project == project.name))
             if count:
                 raise Conflict(
-                    "project_not_empty", f"Project {project.name} still holds {count} {table.name}.", "Delete them first."
+                    "project_not_empty",
+                    f"Project {project.name} still holds {count} {table.name}.",
+                    "Delete them first.",
                 )
         await documents.projects.remove(tx, project.id)
 
@@ -82,7 +84,9 @@ def identity_of_peer(uid: int, own_uid: int) -> Identity:
     """Return who is at the other end of the local socket: root and the daemon's own user are admin."""
     if uid in (0, own_uid):
         return Identity(name="root" if uid == 0 else f"uid:{uid}", role=Role.ADMIN)
-    raise Forbidden("peer_not_allowed", f"User id {uid} may not use the local socket.", "Use sudo, or a token over TCP.")
+    raise Forbidden(
+        "peer_not_allowed", f"User id {uid} may not use the local socket.", "Use sudo, or a token over TCP."
+    )
 
 
 def check_project(identity: Identity, project: str) -> str:

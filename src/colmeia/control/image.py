@@ -40,7 +40,7 @@ async def request_delete(
     if users:
         raise Conflict(
             "image_in_use",
-            f"Image {image.name} cannot be deleted: {len(users)} VMs are copy-on-write children of it ({', '.join(users[:5])}).",
+            f"Image {image.name} cannot be deleted: {len(users)} VMs are its children ({', '.join(users[:5])}).",
             "Delete those VMs first.",
         )
     operation = await services.operations.submit(
@@ -51,16 +51,28 @@ async def request_delete(
 
 
 async def _request(
-    services: Services, tx: Connection, identity: Identity, project: str, name: str, source: str, os: str, kind: str,
+    services: Services,
+    tx: Connection,
+    identity: Identity,
+    project: str,
+    name: str,
+    source: str,
+    os: str,
+    kind: str,
     arguments: dict[str, object],
-) -> Operation:  # fmt: skip
+) -> Operation:
     await documents.projects.get(tx, project)
     image = Image(
         id=new_id(), project=project, name=name, state=ImageState.IMPORTING, source=source, os=os, created_at=now()
     )
     await documents.images.insert(tx, image)
     return await services.operations.submit(
-        tx, kind=kind, project=project, target=("image", image.id, name), requested_by=identity.name, arguments=arguments
+        tx,
+        kind=kind,
+        project=project,
+        target=("image", image.id, name),
+        requested_by=identity.name,
+        arguments=arguments,
     )
 
 
@@ -78,10 +90,14 @@ def register(services: Services) -> None:
                 boot = None if stored.boot is None else DirectBoot(arguments=stored.boot.arguments)
                 ready = image.model_copy(
                     update={
-                        "state": ImageState.READY, "virtual_size": stored.virtual_size, "stored_size": stored.stored_size,
-                        "sha256": stored.sha256, "direct_boot": boot, "revision": image.revision + 1,
+                        "state": ImageState.READY,
+                        "virtual_size": stored.virtual_size,
+                        "stored_size": stored.stored_size,
+                        "sha256": stored.sha256,
+                        "direct_boot": boot,
+                        "revision": image.revision + 1,
                     }
-                )  # fmt: skip
+                )
                 await documents.images.replace(tx, ready)
 
             return finish

@@ -125,9 +125,17 @@ class Operations:
                 f"Wait for it: colmeia operation wait {other.id} (or cancel it).",
             )
         operation = Operation(
-            id=new_id(), project=project, kind=kind, target_kind=noun, target_id=target_id, target_name=name,
-            arguments=arguments or {}, state=OperationState.QUEUED, requested_by=requested_by, created_at=_now(),
-        )  # fmt: skip
+            id=new_id(),
+            project=project,
+            kind=kind,
+            target_kind=noun,
+            target_id=target_id,
+            target_name=name,
+            arguments=arguments or {},
+            state=OperationState.QUEUED,
+            requested_by=requested_by,
+            created_at=_now(),
+        )
         await history.insert_operation(tx, operation)
         await _tell(tx, operation)
         return operation
@@ -145,16 +153,20 @@ class Operations:
             self._tasks.start_soon(self._serve, operation.target_id, target, name=f"worker-{operation.target_id}")
 
     async def cancel(self, operation_id: str, *, project: str | None) -> Operation:
-        """Ask an operation to end. A queued one ends at once, a running one after its undo. Conflict when it has ended."""
+        """Ask an operation to end: it is undone first. Raises Conflict when it has ended or cannot be cancelled."""
         async with self._database.transaction() as tx:
             operation = await history.get_operation(tx, operation_id, project=project)
             if operation.state.is_final:
                 raise Conflict(
-                    "operation_finished", f"Operation {operation.id} has already ended: {operation.state.value}.", "Nothing is left to cancel."
-                )  # fmt: skip
+                    "operation_finished",
+                    f"Operation {operation.id} has already ended: {operation.state.value}.",
+                    "Nothing is left to cancel.",
+                )
             if not self._handlers[operation.kind].is_cancellable:
                 raise Conflict(
-                    "not_cancellable", f"{operation.kind} cannot be cancelled: it destroys as it goes.", "Wait until it ends."
+                    "not_cancellable",
+                    f"{operation.kind} cannot be cancelled: it destroys as it goes.",
+                    "Wait until it ends.",
                 )
             operation = operation.model_copy(update={"cancel_requested": True})
             await history.write_operation(tx, operation)
@@ -276,7 +288,9 @@ class Operations:
 
     async def _end(self, operation: Operation, error: ColmeiaError | None) -> None:
         state = OperationState.CANCELLED if error is None else OperationState.FAILED
-        problem = None if error is None else Problem(kind=error.kind, code=error.code, detail=error.message, hint=error.hint)
+        problem = (
+            None if error is None else Problem(kind=error.kind, code=error.code, detail=error.message, hint=error.hint)
+        )
         with anyio.CancelScope(shield=True):
             async with self._database.transaction() as tx:
                 await self._close(tx, operation, {"state": state, "error": problem, "finished_at": _now()})
@@ -289,9 +303,13 @@ class Operations:
         await history.write_operation(tx, ended)
         await _tell(tx, ended)
         log.info(
-            "operation.ended", operation=ended.id, kind=ended.kind, target=ended.target_name, state=ended.state.value,
+            "operation.ended",
+            operation=ended.id,
+            kind=ended.kind,
+            target=ended.target_name,
+            state=ended.state.value,
             error=ended.error.code if ended.error else None,
-        )  # fmt: skip
+        )
 
 
 async def _outcome(handler: Handler, job: Job) -> tuple[ColmeiaError | None, Finish | None]:
@@ -308,15 +326,24 @@ async def _outcome(handler: Handler, job: Job) -> tuple[ColmeiaError | None, Fin
 
 async def _tell(tx: Connection, operation: Operation) -> None:
     data: dict[str, Any] = {
-        "state": operation.state.value, "kind": operation.kind, "target_id": operation.target_id,
-        "progress": operation.progress, "message": operation.message,
-    }  # fmt: skip
+        "state": operation.state.value,
+        "kind": operation.kind,
+        "target_id": operation.target_id,
+        "progress": operation.progress,
+        "message": operation.message,
+    }
     if operation.error is not None:
         data["error"] = operation.error.model_dump()
     await history.record_event(
-        tx, at=_now(), project=operation.project, kind="operation.state", object_kind="operation", object_id=operation.id,
-        object_name=operation.target_name, data=data,
-    )  # fmt: skip
+        tx,
+        at=_now(),
+        project=operation.project,
+        kind="operation.state",
+        object_kind="operation",
+        object_id=operation.id,
+        object_name=operation.target_name,
+        data=data,
+    )
 
 
 def _now() -> datetime:

@@ -50,7 +50,9 @@ CRASH_WINDOW = timedelta(minutes=10)
 # ── what may be asked ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def request_create(services: Services, tx: Connection, identity: Identity, project: str, wish: VmCreate) -> Operation:
+async def request_create(
+    services: Services, tx: Connection, identity: Identity, project: str, wish: VmCreate
+) -> Operation:
     """Write a new VM and the operation that makes it.
 
     Raises Conflict (name taken, larger than the host, image not ready), NotFound (image), Invalid (disk smaller than
@@ -65,7 +67,9 @@ async def request_create(services: Services, tx: Connection, identity: Identity,
         if disk.image is not None:
             image = await documents.images.get(tx, disk.image, project=project)
             if image.state is not ImageState.READY:
-                raise Conflict("image_not_ready", f"Image {image.name} is {image.state.value}.", "Wait until it is ready.")
+                raise Conflict(
+                    "image_not_ready", f"Image {image.name} is {image.state.value}.", "Wait until it is ready."
+                )
             if disk.size is not None and disk.size < image.virtual_size:
                 raise Invalid(
                     "disk_smaller_than_image",
@@ -75,10 +79,15 @@ async def request_create(services: Services, tx: Connection, identity: Identity,
             image_id = image.id
         volumes.append(Volume(f"{vm_id}-{disk.name}", disk.name, image_id))
     vm = Vm(
-        id=vm_id, project=project, name=wish.name, spec=wish.spec, state=VmState.CREATING,
+        id=vm_id,
+        project=project,
+        name=wish.name,
+        spec=wish.spec,
+        state=VmState.CREATING,
         desired=VmState.RUNNING if wish.start else VmState.STOPPED,
-        uid=await links.free_uid(tx, services.uid_base), created_at=now(),
-    )  # fmt: skip
+        uid=await links.free_uid(tx, services.uid_base),
+        created_at=now(),
+    )
     await documents.vms.insert(tx, vm)
     for volume in volumes:
         await links.add_volume(tx, vm_id, volume)
@@ -86,9 +95,14 @@ async def request_create(services: Services, tx: Connection, identity: Identity,
 
 
 async def request_action(
-    services: Services, tx: Connection, identity: Identity, project: str, name_or_id: str, action: Action,
+    services: Services,
+    tx: Connection,
+    identity: Identity,
+    project: str,
+    name_or_id: str,
+    action: Action,
     arguments: dict[str, Any],
-) -> Operation:  # fmt: skip
+) -> Operation:
     """Write what is wanted of a VM now. Raises Conflict when its state does not allow it, Busy when it is worked on."""
     vm = await documents.vms.get(tx, name_or_id, project=project)
     forced_delete = action is Action.DELETE and arguments.get("force") and vm.state is not VmState.CREATING
@@ -104,9 +118,11 @@ async def request_action(
         Action.DELETE: VmState.STOPPED,
     }.get(action, vm.desired)
     transient = {
-        Action.START: VmState.STARTING, Action.STOP: VmState.STOPPING, Action.RESTART: VmState.STOPPING,
+        Action.START: VmState.STARTING,
+        Action.STOP: VmState.STOPPING,
+        Action.RESTART: VmState.STOPPING,
         Action.DELETE: VmState.DELETING,
-    }.get(action)  # fmt: skip
+    }.get(action)
     vm = vm.model_copy(update={"desired": desired})
     if transient is None or transient is vm.state:
         await documents.vms.replace(tx, vm)
@@ -123,7 +139,9 @@ async def change(
         vm = await documents.vms.get(tx, name_or_id, project=project)
         if expected_revision is not None and expected_revision != vm.revision:
             raise PreconditionFailed(
-                "revision_changed", f"VM {vm.name} is at revision {vm.revision}, not {expected_revision}.", "Read it again."
+                "revision_changed",
+                f"VM {vm.name} is at revision {vm.revision}, not {expected_revision}.",
+                "Read it again.",
             )
         update = patch.model_dump(exclude_unset=True, exclude_none=True)
         spec = type(vm.spec).model_validate(vm.spec.model_dump() | update)
@@ -305,10 +323,16 @@ class _Work:
             if boot is None and volume.image_id is not None and vm.spec.firmware in (None, Firmware.DIRECT):
                 boot = self._s.images.boot_files(volume.image_id)
         return LaunchRequest(
-            vm_id=vm.id, name=vm.name, uid=vm.uid, spec=vm.spec, disks=tuple(disks), boot=boot, paused=paused,
+            vm_id=vm.id,
+            name=vm.name,
+            uid=vm.uid,
+            spec=vm.spec,
+            disks=tuple(disks),
+            boot=boot,
+            paused=paused,
             seed=str(folder / "seed.iso") if vm.spec.cloud_init is not None else None,
             uefi_vars=str(folder / "uefi-vars.fd") if vm.spec.firmware is Firmware.UEFI else None,
-        )  # fmt: skip
+        )
 
     async def _remove_files(self, vm: Vm) -> None:
         """Destroy in the order of rising regret: process, run folder, own files, disks."""
@@ -377,7 +401,7 @@ async def request_start_by_system(services: Services, tx: Connection, vm: Vm, *,
 
 
 async def adopt_all(services: Services, *, host_rebooted: bool) -> None:
-    """Take over what runs, write down what is true, and start what starts with the host. Called before anything else."""
+    """Take over what runs, write down what is true, start what starts with the host. Called before anything else."""
     async with services.database.reading() as tx:
         vms = await documents.vms.all(tx)
         busy = {operation.target_id for operation in await history.unfinished_operations(tx)}
@@ -401,7 +425,12 @@ async def _submit(
     services: Services, tx: Connection, identity: Identity, vm: Vm, kind: str, arguments: dict[str, Any]
 ) -> Operation:
     return await services.operations.submit(
-        tx, kind=kind, project=vm.project, target=("vm", vm.id, vm.name), requested_by=identity.name, arguments=arguments
+        tx,
+        kind=kind,
+        project=vm.project,
+        target=("vm", vm.id, vm.name),
+        requested_by=identity.name,
+        arguments=arguments,
     )
 
 

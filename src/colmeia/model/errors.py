@@ -106,8 +106,17 @@ class Internal(ColmeiaError):
 ERRORS: dict[str, type[ColmeiaError]] = {
     error.kind: error
     for error in (
-        Invalid, NotFound, Conflict, Busy, Forbidden, Unauthenticated, PreconditionFailed, Unavailable, Unsupported,
-        OutcomeUnknown, Internal,
+        Invalid,
+        NotFound,
+        Conflict,
+        Busy,
+        Forbidden,
+        Unauthenticated,
+        PreconditionFailed,
+        Unavailable,
+        Unsupported,
+        OutcomeUnknown,
+        Internal,
     )
-}  # fmt: skip
+}
 """Every kind by its word, for reading a stored error back."""

@@ -9,7 +9,7 @@ from colmeia.model.base import Id, Model, Name, Size
 
 
 class ImageState(StrEnum):
-    IMPORTING = "importing"  # entered at creation; left for READY, or with the row when it fails: the operation keeps the reason
+    IMPORTING = "importing"  # left for READY, or with the row when it fails: the operation keeps the reason
     READY = "ready"  # the bytes are in place, checked and read-only
     DELETING = "deleting"  # entered with the delete operation; left when the last byte is gone
 

@@ -17,7 +17,9 @@ class VmState(StrEnum):
     unfinished operation, which runs again from its start. The stable ones are checked against QEMU at start.
     """
 
-    CREATING = "creating"  # entered with the create operation; left when its disks exist, or with the row when they cannot
+    CREATING = (
+        "creating"  # entered with the create operation; left when its disks exist, or with the row when they cannot
+    )
     STOPPED = "stopped"  # no process
     STARTING = "starting"  # entered by the start operation; left when QEMU answers
     RUNNING = "running"  # QEMU runs and the guest's CPUs run
@@ -139,7 +141,9 @@ class Nic(Model):
     """A network card on QEMU's own NAT (10.0.2.0/24, the guest is .15)."""
 
     mac: str | None = Field(
-        default=None, pattern=r"^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$", description="Derived from the VM's id if absent."
+        default=None,
+        pattern=r"^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$",
+        description="Derived from the VM's id if absent.",
     )
     forwards: tuple[Forward, ...] = Field(default=(), max_length=64)
 
@@ -164,8 +168,10 @@ class VmSpec(Model):
     machine: Machine = Machine.Q35
     firmware: Firmware | None = Field(default=None, description="Absent: direct for an image with a kernel, else bios.")
     cpu_model: str = Field(
-        default="auto", pattern=r"^[A-Za-z0-9_.-]{1,60}$", description="auto (host under KVM, max under TCG), host, max, or a QEMU model."
-    )  # fmt: skip
+        default="auto",
+        pattern=r"^[A-Za-z0-9_.-]{1,60}$",
+        description="auto (host under KVM, max under TCG), host, max, or a QEMU model.",
+    )
     accelerator: Accelerator = Accelerator.AUTO
     disks: tuple[Disk, ...] = Field(default=(), max_length=24)
     nics: tuple[Nic, ...] = Field(default=(Nic(),), max_length=8)
@@ -231,7 +237,9 @@ class Vm(Model):
     revision: int = Field(default=1, description="Grows with each change of the spec; the ETag.")
     spec: VmSpec
     state: VmState
-    desired: VmState = Field(default=VmState.STOPPED, description="running, paused or stopped: what was last asked for.")
+    desired: VmState = Field(
+        default=VmState.STOPPED, description="running, paused or stopped: what was last asked for."
+    )
     runtime: Runtime = Runtime()
     died: Died | None = None
     uid: int = Field(description="The host user its QEMU runs as.")
@@ -273,5 +281,7 @@ def check_fits(spec: VmSpec, *, cpus: int, memory_bytes: int) -> None:
         )
     if spec.cpus > 8 * cpus:
         raise Conflict(
-            "cpus_exceed_host", f"{spec.cpus} vCPUs were asked for; this host has {cpus} CPUs.", f"Ask for at most {8 * cpus}."
+            "cpus_exceed_host",
+            f"{spec.cpus} vCPUs were asked for; this host has {cpus} CPUs.",
+            f"Ask for at most {8 * cpus}.",
         )

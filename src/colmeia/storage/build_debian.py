@@ -46,14 +46,13 @@ boot
 
 _CLOUD_CONFIG = """# What a cloud image needs, and nothing that costs seconds at first boot.
 datasource_list: [ NoCloud, ConfigDrive, None ]
-locale: false
 apt: { preserve_sources_list: false }
 ssh_genkeytypes: [ ed25519, ecdsa ]
 ssh_quiet_keygen: true
 ssh: { emit_keys_to_console: false }
 cloud_init_modules: [ seed_random, bootcmd, write-files, growpart, resizefs, disk_setup, mounts, set_hostname,
   update_hostname, update_etc_hosts, ca-certs, users-groups, ssh ]
-cloud_config_modules: [ ssh-import-id, keyboard, locale, set-passwords, apt-configure, ntp, timezone, runcmd ]
+cloud_config_modules: [ ssh-import-id, set-passwords, apt-configure, ntp, timezone, runcmd ]
 cloud_final_modules: [ package-update-upgrade-install, write-files-deferred, scripts-vendor, scripts-per-once,
   scripts-per-boot, scripts-per-instance, scripts-user, phone-home, final-message, power-state-change ]
 """

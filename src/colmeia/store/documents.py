@@ -91,7 +91,9 @@ class Documents(Generic[M]):
         except IntegrityError as error:
             name = getattr(value, "name", "")
             raise Conflict(
-                "name_taken", f"There is already a {self.noun} named {name!r}.", "Choose another name, or delete the old one."
+                "name_taken",
+                f"There is already a {self.noun} named {name!r}.",
+                "Choose another name, or delete the old one.",
             ) from error
 
     async def replace(self, tx: Connection, value: M) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import delete, func, insert, select, update
 
-from colmeia.model.event import Event
 from colmeia.model.errors import NotFound
+from colmeia.model.event import Event
 from colmeia.model.operation import Operation, OperationState
 from colmeia.store import tables
 from colmeia.store.database import Connection
@@ -82,9 +82,15 @@ async def record_event(
     data: dict[str, Any],
 ) -> None:
     event = Event(
-        seq=0, at=at, project=project, kind=kind, object_kind=object_kind, object_id=object_id, object_name=object_name,
+        seq=0,
+        at=at,
+        project=project,
+        kind=kind,
+        object_kind=object_kind,
+        object_id=object_id,
+        object_name=object_name,
         data=data,
-    )  # fmt: skip
+    )
     document = event.model_dump_json(exclude={"seq"})
     row = {"at": at, "project": project, "kind": kind, "object_id": object_id, "document": document}
     await tx.execute(insert(tables.events).values(**row))

@@ -34,7 +34,9 @@ async def volumes_of(tx: Connection, vm_id: str) -> list[Volume]:
 
 async def vms_of_image(tx: Connection, image_id: str) -> list[str]:
     """Return the names of VMs whose disks are children of the image."""
-    query = select(tables.vms.c.name).join(tables.volumes, _vol.vm_id == tables.vms.c.id).where(_vol.image_id == image_id)
+    query = (
+        select(tables.vms.c.name).join(tables.volumes, _vol.vm_id == tables.vms.c.id).where(_vol.image_id == image_id)
+    )
     return sorted(set((await tx.scalars(query)).all()))
 
 

@@ -42,7 +42,7 @@ class _LocalConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-class ApiAnswer(Exception):  # noqa: N818  an answer of the API, which a test may want
+class ApiAnswer(Exception):
     """An answer that is an error."""
 
     def __init__(self, status: int, body: Any) -> None:
@@ -75,9 +75,20 @@ class Daemon:
         with self.log.open("ab") as log:
             # setpriv: if the test process is killed, the daemon goes too
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", "from colmeia.cli.main import main; main()", "serve"],
-                env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
+                [
+                    "setpriv",
+                    "--pdeathsig",
+                    "KILL",
+                    sys.executable,
+                    "-c",
+                    "from colmeia.cli.main import main; main()",
+                    "serve",
+                ],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         wait_until("the daemon answers", self._answers, timeout_s=30)
         return self
 

@@ -113,16 +113,14 @@ def _open(pid: int, ticks: int) -> Process | None:
 def _search(vm_id: str) -> Process | None:
     """Find a QEMU whose daemon died between starting it and noting its pid, by the UUID among its arguments."""
     mark = b"-uuid\0" + vm_uuid(vm_id).encode() + b"\0"
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):  # noqa: PTH208: names are all we need
         try:
-            arguments = Path(entry.path, "cmdline").read_bytes()
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        ticks = start_ticks(int(entry.name)) if mark in arguments else None
+        ticks = start_ticks(pid) if mark in arguments else None
         if ticks is not None:
-            return _open(int(entry.name), ticks)
+            return _open(pid, ticks)
     return None
 
 
