@@ -36,9 +36,11 @@ def _traces() -> dict[str, set[str]]:
 
 def _own_processes() -> Iterator[str]:
     """Our children, and whatever runs under a host user of our VMs: other test runs on this machine are not ours."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,uid=,comm="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,uid=,stat=,comm="], capture_output=True, text=True, check=True).stdout
     for line in listing.splitlines():
-        pid, parent, uid, name = line.split(None, 3)
+        pid, parent, uid, state, name = line.split(None, 4)
+        if state.startswith("Z"):
+            continue  # dead: an orphan waits for PID 1, which may take its time
         if name != "ps" and (int(parent) == os.getpid() or UID_BASE <= int(uid) < UID_BASE + 100):
             yield f"{pid} {name}"
 

@@ -107,8 +107,12 @@ def test_the_event_stream_resumes_without_a_gap(module_daemon: Daemon) -> None:
 def test_a_second_daemon_on_the_same_state_is_refused(module_daemon: Daemon) -> None:
     second = subprocess.run(
         [sys.executable, "-c", "from colmeia.cli.main import main; main()", "serve"],
-        env=module_daemon.environment, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+        env=module_daemon.environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert second.returncode == 4
     assert "Another daemon uses" in second.stderr
     assert module_daemon.get("/healthz")["status"] == "ok"

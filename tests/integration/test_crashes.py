@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import os
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -140,12 +141,10 @@ def _check_whole(daemon: Daemon, name: str, kind: str) -> None:
         return
     vm = daemon.vm(name)
     assert vm["state"] == ("stopped" if kind == "stop" else "running")
-    running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if vm["id"] in _read(path)]
-    assert len(running) == (0 if kind == "stop" else 1), "one VM, one QEMU"
+    assert _processes_of(vm["uid"]) == (0 if kind == "stop" else 1), "one VM, one QEMU"
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
+def _processes_of(uid: int) -> int:
+    listing = subprocess.run(["ps", "-eo", "uid=,stat="], capture_output=True, text=True, check=True).stdout
+    found = (line.split() for line in listing.splitlines())
+    return sum(int(owner) == uid and not state.startswith("Z") for owner, state in found)

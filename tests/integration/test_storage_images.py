@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -90,10 +90,8 @@ class Server:
 
     async def _handle(self, stream: anyio.abc.SocketStream) -> None:
         async with stream:
-            try:
+            with suppress(anyio.BrokenResourceError, anyio.EndOfStream):
                 await self._answer(stream)
-            except (anyio.BrokenResourceError, anyio.EndOfStream):
-                pass
 
     async def _answer(self, stream: anyio.abc.SocketStream) -> None:
         data = b""
@@ -196,7 +194,8 @@ async def test_a_daemon_killed_while_it_fetches_goes_on_after_its_restart(
             "import anyio; from pathlib import Path; from colmeia.storage.images import ImageStore\n"
             f"store = ImageStore(Path({str(tmp_path / 'images')!r}), Path({str(tmp_path / 'cache')!r}))\n"
             "async def main():\n"
-            f"    await store.import_image({ID!r}, {server.url!r}, format=None, sha256=None, progress=lambda s, m: None)\n"
+            f"    await store.import_image({ID!r}, {server.url!r}, format=None, sha256=None,"
+            " progress=lambda share, message: None)\n"
             "anyio.run(main)\n"
         )
         daemon = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "src"})

@@ -1,10 +1,8 @@
 """The tiny guest really boots, knows its name, has a network and a disk, and obeys the power button."""
 
 import json
-import os
 import re
 import subprocess
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -111,16 +109,14 @@ async def test_the_guest_boots_and_obeys_the_power_button(
         await guest.type("exit")
         await guest.type("echo shell is back: $((40+2))")
         await guest.wait_output(rb"shell is back: 42")
-        begun = time.monotonic()
         await guest.execute("system_powerdown")
         with anyio.fail_after(20):
             assert await guest.process.wait() == 0
-        print(f"powered off after {time.monotonic() - begun:.2f} s")
 
 
 async def test_building_again_changes_nothing(tiny: tuple[ImageStore, StoredImage]) -> None:
     store, stored = tiny
     assert stored.os == "tiny" and stored.boot is not None
-    before = os.stat(stored.boot.initrd)
+    before = Path(stored.boot.initrd).stat()
     assert await store.build(ID, "tiny", progress=lambda share, message: None) == stored
-    assert os.stat(stored.boot.initrd) == before
+    assert Path(stored.boot.initrd).stat() == before

@@ -178,7 +178,9 @@ def test_a_cancelled_stop_leaves_the_vm_running(module_daemon: Daemon) -> None:
         ({"name": "a", "spec": {"machine": "microvm", "firmware": "uefi"}}, (422, "invalid_request")),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_word_of_help(module_daemon: Daemon, wish: Any, answer: tuple[int, str]) -> None:
+def test_what_cannot_be_is_refused_with_a_word_of_help(
+    module_daemon: Daemon, wish: Any, answer: tuple[int, str]
+) -> None:
     assert refused(module_daemon, "POST", "/v1/vms", wish) == answer
     assert module_daemon.get("/v1/vms?state=creating")["items"] == []
 
