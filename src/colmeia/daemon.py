@@ -173,7 +173,8 @@ def _note_boot(file: Path) -> bool:
 @contextmanager
 def _locked(state_dir: Path) -> Iterator[None]:
     """Keep a second daemon off the same state. Raises Conflict (`daemon_running`)."""
-    state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    state_dir.mkdir(parents=True, exist_ok=True)
+    state_dir.chmod(0o700)  # QEMU needs no way in: every file is handed to it open
     descriptor = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -27,6 +27,7 @@ log = structlog.get_logger()
 
 UNDO_TIMEOUT_S = 30.0
 PROGRESS_INTERVAL_S = 0.5
+DATABASE_RETRY_S = 2.0
 
 Finish = Callable[[Connection], Awaitable[None]]
 """The last change of an operation: committed together with the operation's end."""
@@ -222,8 +223,12 @@ class Operations:
                 target.running = target.waiting.pop(0)
                 try:
                     await self._carry_out(target, target.running)
-                except ColmeiaError as error:  # the database itself failed: the row stays, the next start runs it again
+                except (
+                    ColmeiaError
+                ) as error:  # the database itself failed: the row stays, and is run again from its start
                     log.error("operation.unrecorded", operation=target.running, error=str(error))
+                    target.waiting.insert(0, target.running)
+                    await anyio.sleep(DATABASE_RETRY_S)
                 finally:
                     target.running = target.scope = None
         target.is_served = False

@@ -274,6 +274,7 @@ class _Work:
         if not arguments.get("force"):
             timeout_s = float(arguments.get("timeout_s", 60.0))
             try:
+                await self._s.engine.resume(vm.id)  # a guest that stands cannot hear the button
                 await self._s.engine.press_power_button(vm.id)
             except Unavailable:
                 log.info("vm.power_button_unavailable", vm=vm.name)

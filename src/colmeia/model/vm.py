@@ -33,7 +33,7 @@ _ALIVE = (VmState.RUNNING, VmState.PAUSED)
 VM_TRANSITIONS: dict[VmState, frozenset[VmState]] = {
     VmState.CREATING: frozenset({VmState.STOPPED, VmState.STARTING, VmState.DELETING}),
     VmState.STOPPED: frozenset({VmState.STARTING, VmState.DELETING, *_ALIVE}),
-    VmState.STARTING: frozenset({*_ALIVE, VmState.STOPPED, VmState.CRASHED, VmState.STOPPING}),
+    VmState.STARTING: frozenset({*_ALIVE, VmState.STOPPED, VmState.CRASHED, VmState.STOPPING, VmState.DELETING}),
     VmState.RUNNING: frozenset({VmState.PAUSED, VmState.STOPPING, VmState.STOPPED, VmState.CRASHED, VmState.DELETING}),
     VmState.PAUSED: frozenset({VmState.RUNNING, VmState.STOPPING, VmState.STOPPED, VmState.CRASHED, VmState.DELETING}),
     VmState.STOPPING: frozenset({VmState.STOPPED, VmState.CRASHED, VmState.STARTING, VmState.DELETING, *_ALIVE}),
