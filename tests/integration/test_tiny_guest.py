@@ -106,7 +106,9 @@ async def test_the_guest_boots_and_obeys_the_power_button(
         assert b"on /data type ext4 (rw" in seen
         await guest.type("ping -c 1 -W 5 10.0.2.2 >/dev/null && echo net''work works")
         await guest.wait_output(rb"network works")
+        guest.output = b""
         await guest.type("exit")
+        await guest.wait_output(rb"built-in shell[\s\S]*web1:/root# ")
         await guest.type("echo shell is back: $((40+2))")
         await guest.wait_output(rb"shell is back: 42")
         await guest.execute("system_powerdown")
