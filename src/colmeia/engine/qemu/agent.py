@@ -31,7 +31,7 @@ async def run_command(path: Path, command: str, arguments: dict[str, Any] | None
             async with await anyio.connect_unix(path) as stream:
                 return await _converse(_Lines(stream), command, arguments)
     except TimeoutError:
-        message = f"The guest agent did not answer {command} in {timeout_s:g} s."
+        message = f"The guest agent did not answer {command} in {timeout_s:.0f} s."
         raise Unavailable("agent_silent", message, _HINT) from None
     except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
         raise Unavailable("agent_silent", f"The guest agent's channel closed during {command}.", _HINT) from error

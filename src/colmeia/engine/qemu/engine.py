@@ -259,7 +259,12 @@ class QemuEngine:
         machine = self._with_screen(vm_id)
         fd = os.memfd_create("screen", os.MFD_CLOEXEC)
         try:
-            number = await machine.session.add_to_set(fd)
+            # QEMU takes a descriptor of a set only when it was opened just as it asks: for writing alone
+            writer = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                number = await machine.session.add_to_set(writer)
+            finally:
+                os.close(writer)
             try:
                 target = {"filename": f"/dev/fdset/{number}", "format": "png"}
                 await machine.session.execute("screendump", target)

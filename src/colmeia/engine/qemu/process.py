@@ -79,7 +79,7 @@ def find(folder: Path, vm_id: str) -> Process | None:
         noted = None
     if noted is not None or not is_locked(folder):
         return noted
-    return _search(vm_id)
+    return _search(folder, vm_id)
 
 
 def is_locked(folder: Path) -> bool:
@@ -110,18 +110,24 @@ def _open(pid: int, ticks: int) -> Process | None:
     return None
 
 
-def _search(vm_id: str) -> Process | None:
-    """Find a QEMU whose daemon died between starting it and noting its pid, by the UUID among its arguments."""
+def _search(folder: Path, vm_id: str) -> Process | None:
+    """Find a QEMU whose daemon died between starting it and noting its pid: by its UUID, and by the lock it holds."""
     mark = b"-uuid\0" + vm_uuid(vm_id).encode() + b"\0"
+    lock = folder / "lock"
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):  # noqa: PTH208: names are all we need
-        try:
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        ticks = start_ticks(pid) if mark in arguments else None
-        if ticks is not None:
-            return _open(pid, ticks)
+        with contextlib.suppress(OSError):
+            if mark not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                continue
+            if any(
+                descriptor.samefile(lock) for descriptor in Path(f"/proc/{pid}/fd").iterdir() if _is_file(descriptor)
+            ):
+                ticks = start_ticks(pid)
+                return None if ticks is None else _open(pid, ticks)
     return None
+
+
+def _is_file(descriptor: Path) -> bool:
+    return str(descriptor.readlink()).startswith("/")
 
 
 def log_tail(path: Path) -> tuple[str, ...]:
