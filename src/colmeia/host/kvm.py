@@ -149,7 +149,7 @@ _RATE_MIN = 100  # where this process may not measure itself
 _DEADLINE_S = 2.0
 
 
-class _Refused(Exception):  # noqa: N818 an answer, not an error
+class _Refused(Exception):
     """The answer is no; the text says why."""
 
 
