@@ -36,7 +36,9 @@ def _traces() -> dict[str, set[str]]:
 
 def _own_processes() -> Iterator[str]:
     """Our children, and whatever runs under a host user of our VMs: other test runs on this machine are not ours."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,uid=,stat=,comm="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,uid=,stat=,comm="], capture_output=True, text=True, check=True
+    ).stdout
     for line in listing.splitlines():
         pid, parent, uid, state, name = line.split(None, 4)
         if state.startswith("Z"):

@@ -40,7 +40,6 @@ class Session:
         self._on_event = on_event
         self._on_reconnect = on_reconnect
         self._client = QMPClient(name)
-        self._client.events.event_filter = self._take
         self._connected = anyio.Event()
         self._lost = anyio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -121,14 +120,23 @@ class Session:
         return False
 
     async def _connect(self) -> None:
+        """Connect with a fresh client, because `qemu.qmp` 0.0.6 leaves one whose connecting was interrupted unusable."""
+        client = QMPClient(self._name)
+        client.events.event_filter = self._take
         # By descriptor of its folder, because a path may be longer than the 107 bytes of a socket's name.
         folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        connecting = asyncio.create_task(client.connect(f"/proc/self/fd/{folder}/{self._path.name}"))
         try:
-            await self._client.connect(f"/proc/self/fd/{folder}/{self._path.name}")
-        except QMPError as error:
-            raise Unavailable("qmp_lost", f"QEMU of VM {self._name} does not answer: {error}.") from error
+            await asyncio.wait([connecting])
         finally:
+            if not connecting.done():  # we were cancelled: tell it once, and let it clean up in peace
+                connecting.cancel()
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([connecting])
             os.close(folder)
+        if (error := connecting.exception()) is not None:
+            raise Unavailable("qmp_lost", f"QEMU of VM {self._name} does not answer: {error}.") from error
+        self._client = client
         self._lost = anyio.Event()
         self._connected.set()
 
