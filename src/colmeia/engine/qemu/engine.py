@@ -149,11 +149,13 @@ class QemuEngine:
             return Observation(VmState.STOPPED, None)
         return Observation(machine.state, machine.process.pid)
 
-    async def _adopt(self, vm_id: str) -> _Machine | None:
+    async def _adopt(self, vm_id: str, *, to_kill: bool = False) -> _Machine | None:
         found = await to_thread.run_sync(process.find, self._run(vm_id), vm_id)
         if found is None:
             return None
         machine = self._register(vm_id, found, _read_runtime(self._run(vm_id), found.pid))
+        if to_kill:
+            return machine
         try:
             with anyio.fail_after(_ADOPT_S):
                 await machine.session.open()
@@ -215,8 +217,8 @@ class QemuEngine:
         """See `Engine.kill`. Idempotent."""
         machine = self._machines.get(vm_id)
         if machine is None:
-            await self.adopt(vm_id)
-            machine = self._machines.get(vm_id)
+            async with self._turns[vm_id]:
+                machine = self._machines.get(vm_id) or await self._adopt(vm_id, to_kill=True)
         if machine is not None:
             await self._kill(machine)
 

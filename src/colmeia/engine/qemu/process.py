@@ -114,7 +114,7 @@ def _search(folder: Path, vm_id: str) -> Process | None:
     """Find a QEMU whose daemon died between starting it and noting its pid: by its UUID, and by the lock it holds."""
     mark = b"-uuid\0" + vm_uuid(vm_id).encode() + b"\0"
     lock = folder / "lock"
-    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):  # noqa: PTH208 - names are all we need
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         with contextlib.suppress(OSError):
             if mark not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 continue

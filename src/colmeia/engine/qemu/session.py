@@ -120,7 +120,7 @@ class Session:
         return False
 
     async def _connect(self) -> None:
-        """Connect with a fresh client, because `qemu.qmp` 0.0.6 leaves one whose connecting was interrupted unusable."""
+        """Connect with a fresh client: `qemu.qmp` 0.0.6 leaves one whose connecting was interrupted unusable."""
         client = QMPClient(self._name)
         client.events.event_filter = self._take
         # By descriptor of its folder, because a path may be longer than the 107 bytes of a socket's name.
