@@ -4,7 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from colmeia.testing.daemon import Daemon, wait_until
 
@@ -22,15 +25,25 @@ def test_the_doctor_says_kvm_is_usable(tmp_path: Path) -> None:
     assert checks["vhost_net"]["verdict"] == "ok", checks["vhost_net"]
 
 
-def test_auto_starts_a_vm_on_kvm_that_reaches_its_user_space(daemon: Daemon) -> None:
-    shutil.copytree(PACKAGES, daemon.state / "cache" / "tiny", dirs_exist_ok=True)
-    building = daemon.post("/v1/images/build", {"name": "tiny", "recipe": "tiny"})
-    daemon.done(building, timeout_s=400)
+@pytest.fixture
+def slow_daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon with what it needs to build the tiny guest; everything here is 20 times slower than on a real host."""
+    shutil.copytree(PACKAGES, tmp_path / "cache" / "tiny")
+    made = Daemon(tmp_path, cache_dir=str(tmp_path / "cache"))
+    made.start(timeout_s=240)
+    yield made
+    made.close()
+
+
+def test_auto_starts_a_vm_on_kvm_that_reaches_its_user_space(slow_daemon: Daemon) -> None:
+    daemon = slow_daemon
+    daemon.done(daemon.post("/v1/images/build", {"name": "tiny", "recipe": "tiny"}), timeout_s=500)
     vm = daemon.create_vm("web1", start=True, disks=[{"image": "tiny"}])
     assert vm["runtime"]["accelerator"] == "kvm", vm["runtime"]
-    assert not [warning for warning in vm["runtime"]["warnings"] if "TCG" in warning]
+    assert vm["runtime"]["cpu_model"] == "host"
+    assert not [warning for warning in vm["runtime"]["warnings"] if "KVM" in warning]
 
     def is_ready() -> bool:
         return b"COLMEIA-GUEST-READY" in daemon.get("/v1/vms/web1/logs")
 
-    wait_until("the guest reaches its user space", is_ready, timeout_s=120)
+    wait_until("the guest reaches its user space", is_ready, timeout_s=240)

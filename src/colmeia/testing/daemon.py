@@ -70,7 +70,7 @@ class Daemon:
             **{f"COLMEIA_{key.upper()}": value for key, value in settings.items()},
         }
 
-    def start(self) -> "Daemon":
+    def start(self, *, timeout_s: float = 30) -> "Daemon":
         """Start it and return when it answers."""
         with self.log.open("ab") as log:
             # setpriv: if the test process is killed, the daemon goes too
@@ -89,7 +89,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
             )
-        wait_until("the daemon answers", self._answers, timeout_s=30)
+        wait_until("the daemon answers", self._answers, timeout_s=timeout_s)
         return self
 
     def _answers(self) -> bool:
