@@ -99,6 +99,7 @@ class Operations:
         self._handlers: dict[str, Handler] = {}
         self._targets: defaultdict[str, _Target] = defaultdict(_Target)
         self._tasks: TaskGroup | None = None
+        self._waiting: defaultdict[str, set[anyio.Event]] = defaultdict(set)
 
     def register(self, kind: str, handler: Handler) -> None:
         self._handlers[kind] = handler
@@ -178,15 +179,23 @@ class Operations:
         return operation
 
     async def wait(self, operation_id: str, *, project: str | None, timeout_s: float) -> Operation:
-        """Return the operation when it has ended, or as it is after ``timeout_s``."""
-        with anyio.move_on_after(timeout_s):
-            while True:
-                change = self._database.change()
-                async with self._database.reading() as tx:
-                    operation = await history.get_operation(tx, operation_id, project=project)
-                if operation.state.is_final:
-                    return operation
-                await change.wait()
+        """Return the operation when it has ended, or as it is after ``timeout_s``.
+
+        Each wait has an event of its own: reading again at every commit made 40 waits for 40 starts twice as slow.
+        """
+        ended = anyio.Event()
+        self._waiting[operation_id].add(ended)  # before the first look: no end is missed
+        try:
+            async with self._database.reading() as tx:
+                operation = await history.get_operation(tx, operation_id, project=project)
+            if operation.state.is_final or timeout_s == 0:
+                return operation
+            with anyio.move_on_after(timeout_s):
+                await ended.wait()
+        finally:
+            self._waiting[operation_id].discard(ended)
+            if not self._waiting[operation_id]:
+                del self._waiting[operation_id]
         async with self._database.reading() as tx:
             return await history.get_operation(tx, operation_id, project=project)
 
@@ -278,6 +287,7 @@ class Operations:
                     await finish(tx)
                 done = {"state": OperationState.DONE, "progress": 1.0, "finished_at": _now()}
                 await self._close(tx, job.operation, done)
+            self._tell_waiting(job.operation)
         return None
 
     async def _undo(self, handler: Handler, job: Job) -> None:
@@ -299,6 +309,12 @@ class Operations:
         with anyio.CancelScope(shield=True):
             async with self._database.transaction() as tx:
                 await self._close(tx, operation, {"state": state, "error": problem, "finished_at": _now()})
+            self._tell_waiting(operation)
+
+    def _tell_waiting(self, operation: Operation) -> None:
+        """Wake who waits for the end of an operation. Call it after the commit."""
+        for ended in self._waiting.get(operation.id, ()):
+            ended.set()
 
     async def _close(self, tx: Connection, operation: Operation, update: dict[str, Any]) -> None:
         current = await history.get_operation(tx, operation.id, project=None)
