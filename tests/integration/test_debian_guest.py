@@ -56,5 +56,5 @@ def test_a_debian_guest_is_reached_by_ssh_and_by_its_agent(daemon: Daemon, tmp_p
     assert answer.stdout.startswith("Linux web1 ")
     failed = colmeia(daemon, "vm", "exec", "web1", "--", "sh", "-c", "exit 7")
     assert failed.returncode == 7
-    daemon.done(daemon.post("/v1/vms/web1/stop", {"timeout_s": 120}), timeout_s=180)
-    assert daemon.vm("web1")["died"]["reason"] == "guest shut down"
+    stopped = daemon.done(daemon.post("/v1/vms/web1/stop", {"timeout_s": 120}), timeout_s=180)
+    assert "did not power off" not in stopped["message"]
