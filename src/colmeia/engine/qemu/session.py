@@ -22,7 +22,7 @@ from colmeia.model.errors import ColmeiaError, Conflict, OutcomeUnknown, Unavail
 
 _COMMAND_S = 10.0
 _RECONNECT_S = (0.05, 0.2, 1.0, 5.0)
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # it logs each ended session as an error; we report it
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)  # it logs each end as an error; we report it
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
