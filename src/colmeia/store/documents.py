@@ -37,15 +37,13 @@ class Documents(Generic[M]):
         ``project`` None searches all projects by id only where names are per project.
         """
         c = self.table.c
-        by_id = select(c.document).where(c.id == name_or_id)
+        is_it: ColumnElement[bool] = c.id == name_or_id
+        if project is not None or not self._in_project:
+            is_it = is_it | (c.name == name_or_id)
+        query = select(c.document).where(is_it).order_by((c.id == name_or_id).desc()).limit(1)
         if self._in_project and project is not None:
-            by_id = by_id.where(c.project == project)
-        document = await tx.scalar(by_id)
-        if document is None and (project is not None or not self._in_project):
-            by_name = select(c.document).where(c.name == name_or_id)
-            if self._in_project:
-                by_name = by_name.where(c.project == project)
-            document = await tx.scalar(by_name)
+            query = query.where(c.project == project)
+        document = await tx.scalar(query)
         if document is None:
             place = f" in project {project}" if self._in_project and project else ""
             raise NotFound(

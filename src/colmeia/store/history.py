@@ -17,8 +17,8 @@ _ev = tables.events.c
 
 
 async def insert_operation(tx: Connection, operation: Operation) -> None:
-    order = (await tx.scalar(select(func.coalesce(func.max(_op.order), 0)))) or 0
-    await tx.execute(insert(tables.operations).values(**_columns(operation), order=order + 1))
+    order = select(func.coalesce(func.max(_op.order), 0) + 1).scalar_subquery()
+    await tx.execute(insert(tables.operations).values(**_columns(operation), order=order))
 
 
 async def write_operation(tx: Connection, operation: Operation) -> None:
