@@ -50,7 +50,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         500: "Defect or unknown outcome",
         503: "Unavailable",
     }
-    return {status: {"description": titles[status], **_PROBLEM_SCHEMA} for status in (400, 401, 403, 422, 503, *statuses)}
+    everywhere = (400, 401, 403, 422, 503)
+    return {status: {"description": titles[status], **_PROBLEM_SCHEMA} for status in (*everywhere, *statuses)}
 
 
 def problem(error: ColmeiaError, errors: Sequence[Any] | None = None) -> Response:
