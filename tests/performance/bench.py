@@ -7,6 +7,7 @@ average stands above and below the table. It refuses nothing and leaves nothing 
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import statistics
@@ -323,6 +324,7 @@ def load() -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_signal: sys.exit(143))  # so that also then everything is cleaned up
     folder = Path(tempfile.mkdtemp(prefix="colmeia-bench-"))
     folder.chmod(0o755)
     print(f"Medians of {ROUNDS}. Load average before: {load()}.")
