@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colmeia.engine.interface import LaunchRequest, OpenDisk
@@ -164,6 +164,7 @@ DISKS = st.lists(st.sampled_from(DiskBus), max_size=24).map(
 )
 
 
+@settings(deadline=None)
 @given(disks=DISKS, nics=st.integers(0, 8), seed=st.booleans())
 def test_no_two_devices_share_an_address_or_a_name(disks: tuple[Disk, ...], nics: int, seed: bool) -> None:
     asked = request(VmSpec(disks=disks, nics=(Nic(),) * nics), seed="/seed.iso" if seed else None)
@@ -181,6 +182,7 @@ def test_no_two_devices_share_an_address_or_a_name(disks: tuple[Disk, ...], nics
     assert len(set(names)) == len(names)
 
 
+@settings(deadline=None)
 @given(nics=st.integers(0, 8), disks=st.integers(0, 8))
 def test_a_microvm_never_gets_more_devices_than_it_has_transports(nics: int, disks: int) -> None:
     spec = VmSpec(
