@@ -29,7 +29,7 @@ TCG_CPU = "qemu64"
 `max`, whose many features TCG must check; systems built for x86-64-v2 and later need `--cpu-model max`."""
 
 MICROVM_TRANSPORTS = 8  # virtio-mmio slots of QEMU 7.2's microvm without a second I/O APIC
-SPARE_ROOT_PORTS = 4  # eight cost 6 % of a boot under TCG (firmware and kernel walk each bridge), four nothing measurable
+SPARE_ROOT_PORTS = 4  # eight cost 6 % of a boot under TCG (each bridge is walked twice), four nothing measurable
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _PLACEHOLDER = re.compile(r"@(fd|set):([a-z0-9.-]+)@")
 
