@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from colmeia.engine.interface import LaunchRequest, OpenDisk
@@ -162,10 +162,15 @@ def test_what_the_host_cannot_do_is_refused_with_a_code(spec: VmSpec, facts: Hos
 DISKS = st.lists(st.sampled_from(DiskBus), max_size=24).map(
     lambda buses: tuple(Disk(name=f"d{index}", size=GIB, bus=bus) for index, bus in enumerate(buses))
 )
+SCSI_ON_THE_FIRST_FUNCTION = tuple(
+    Disk(name=f"d{index}", size=GIB, bus=DiskBus.VIRTIO_SCSI if index == 16 else DiskBus.VIRTIO_BLK)
+    for index in range(18)
+)
 
 
 @settings(deadline=None)
 @given(disks=DISKS, nics=st.integers(0, 8), seed=st.booleans())
+@example(disks=SCSI_ON_THE_FIRST_FUNCTION, nics=0, seed=False)
 def test_no_two_devices_share_an_address_or_a_name(disks: tuple[Disk, ...], nics: int, seed: bool) -> None:
     asked = request(VmSpec(disks=disks, nics=(Nic(),) * nics), seed="/seed.iso" if seed else None)
     made = plan(asked, FACTS, LOGS)

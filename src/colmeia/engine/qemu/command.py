@@ -7,6 +7,7 @@ refuses what this host or machine type cannot do (Unsupported), before anything 
 Where things sit is fixed by slot, so that adding a disk never renames a network card in the guest.
 """
 
+import itertools
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -290,6 +291,7 @@ def _add_disks(parts: _Parts, request: LaunchRequest, runtime: Runtime, *, pci: 
         parts.add(Object("iothread", "io0"))
     if any(disk.disk.bus is DiskBus.VIRTIO_SCSI for disk in request.disks):
         parts.add(virtio("scsi", "scsi0", thread, address=_function(_SLOT_COMPANIONS, 3), pci=pci))
+    places = itertools.count()  # without the SCSI disks: function 0 of a slot must not be one of the missing
     for index, disk in enumerate(request.disks):
         node = _add_chain(parts, f"disk{index}", disk.source, runtime.aio[disk.disk.name])
         common: dict[str, Json] = {"drive": node, "bootindex": index + 1}
@@ -298,7 +300,7 @@ def _add_disks(parts: _Parts, request: LaunchRequest, runtime: Runtime, *, pci: 
             parts.add(Device("scsi-hd", f"dev-disk{index}", scsi))
             continue
         blk: dict[str, Json] = {**thread, "serial": disk.disk.name[:20], **common}
-        parts.add(virtio("blk", f"dev-disk{index}", blk, address=_disk_address(index), pci=pci))
+        parts.add(virtio("blk", f"dev-disk{index}", blk, address=_disk_address(next(places)), pci=pci))
     if request.seed is not None:
         source = BlockSource(path=request.seed, format=BlockFormat.RAW, read_only=True)
         node = _add_chain(parts, "seed", source, Aio.THREADS)
