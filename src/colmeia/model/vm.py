@@ -170,7 +170,7 @@ class VmSpec(Model):
     cpu_model: str = Field(
         default="auto",
         pattern=r"^[A-Za-z0-9_.-]{1,60}$",
-        description="auto (host under KVM, max under TCG), host, max, or a QEMU model.",
+        description="auto (host under KVM, qemu64 under TCG), host, max, or a QEMU model.",
     )
     accelerator: Accelerator = Accelerator.AUTO
     disks: tuple[Disk, ...] = Field(default=(), max_length=24)
