@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from colmeia.testing.daemon import ApiAnswer, Daemon, wait_until
 
 BUILD_S = 1500
@@ -23,6 +25,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.timeout(BUILD_S + 2 * BOOT_S)
 def test_a_debian_guest_is_reached_by_ssh_and_by_its_agent(daemon: Daemon, tmp_path: Path) -> None:
     daemon.done(daemon.post("/v1/images/build", {"name": "debian", "recipe": "debian/12"}), timeout_s=BUILD_S)
     key = tmp_path / "key"
