@@ -3,11 +3,9 @@
 import hashlib
 import secrets
 
-from sqlalchemy import func, select
-
 from colmeia.control.services import Services, now
 from colmeia.model.base import new_id
-from colmeia.model.errors import Conflict, Forbidden, Unauthenticated
+from colmeia.model.errors import Conflict, Forbidden, NotFound, Unauthenticated
 from colmeia.model.identity import (
     DEFAULT_PROJECT,
     Identity,
@@ -18,14 +16,16 @@ from colmeia.model.identity import (
     TokenCreate,
     TokenCreated,
 )
-from colmeia.store import documents, links, tables
+from colmeia.store import documents, links
 
 TOKEN_PREFIX = "colmeia_"  # noqa: S105  (lets secret scanners recognise a leaked token)
 
 
 async def ensure_default_project(services: Services) -> None:
     async with services.database.transaction() as tx:
-        if await tx.scalar(select(tables.projects.c.id).where(tables.projects.c.name == DEFAULT_PROJECT)) is None:
+        try:
+            await documents.projects.get(tx, DEFAULT_PROJECT)
+        except NotFound:
             await documents.projects.insert(tx, Project(id=new_id(), name=DEFAULT_PROJECT, created_at=now()))
 
 
@@ -42,12 +42,12 @@ async def delete_project(services: Services, name_or_id: str) -> None:
         project = await documents.projects.get(tx, name_or_id)
         if project.name == DEFAULT_PROJECT:
             raise Conflict("default_project", "The default project cannot be deleted.", "Delete what is in it instead.")
-        for table in (tables.vms, tables.images):
-            count = await tx.scalar(select(func.count()).where(table.c.project == project.name))
+        for nouns in (documents.vms, documents.images):
+            count = await nouns.count(tx, project=project.name)
             if count:
                 raise Conflict(
                     "project_not_empty",
-                    f"Project {project.name} still holds {count} {table.name}.",
+                    f"Project {project.name} still holds {count} {nouns.table.name}.",
                     "Delete them first.",
                 )
         await documents.projects.remove(tx, project.id)

@@ -7,8 +7,7 @@ from pathlib import Path
 from colmeia.control.operations import Operations
 from colmeia.engine.interface import Engine
 from colmeia.model.host import HostFacts
-from colmeia.storage.directory import DirectoryPool
-from colmeia.storage.images import ImageStore
+from colmeia.storage.interface import Images, VolumePool
 from colmeia.store.database import Database
 
 
@@ -19,8 +18,8 @@ class Services:
     database: Database
     operations: Operations
     engine: Engine
-    volumes: DirectoryPool
-    images: ImageStore
+    volumes: VolumePool
+    images: Images
     facts: HostFacts
     uid_base: int
     vm_dir: Path

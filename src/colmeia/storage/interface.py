@@ -40,6 +40,9 @@ class BuiltImage(NamedTuple):
 class VolumePool(Protocol):
     """Where the disks of VMs live. Volume ids are `VMID-DISKNAME`, so a retry finds what it made."""
 
+    def block_source(self, volume_id: str, *, backing: BlockSource | None = None) -> BlockSource:
+        """Return how a volume that exists is opened; makes nothing."""
+
     async def ensure_volume(self, volume_id: str, *, size_bytes: int, backing: BlockSource | None) -> BlockSource:
         """Ensure the volume exists with this size, empty or a copy-on-write child of ``backing``.
 
@@ -52,6 +55,9 @@ class VolumePool(Protocol):
 
 class Images(Protocol):
     """Where images live, read-only once they are ready."""
+
+    def check_recipe(self, recipe: str) -> None:
+        """Raise Invalid (`unknown_recipe`) for a recipe that is not known."""
 
     async def import_image(
         self,

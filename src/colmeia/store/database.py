@@ -69,6 +69,11 @@ class Database:
         """Return an event that is set at the next commit. Take it *before* reading, then wait: nothing is missed."""
         return self._changed
 
+    async def ping(self) -> None:
+        """Raise Unavailable when the database does not answer."""
+        async with self.reading() as connection:
+            await connection.execute(text("SELECT 1"))
+
     async def aclose(self) -> None:
         await self._writer.dispose()
         await self._reader.dispose()

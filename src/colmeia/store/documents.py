@@ -7,7 +7,7 @@ committed together or not at all.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Table, and_, delete, insert, select, update
+from sqlalchemy import ColumnElement, Table, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from colmeia.model.base import Model
@@ -61,6 +61,11 @@ class Documents(Generic[M]):
     async def all(self, tx: Connection) -> list[M]:
         rows = (await tx.scalars(select(self.table.c.document).order_by(self.table.c.id))).all()
         return [self._model.model_validate_json(row) for row in rows]
+
+    async def count(self, tx: Connection, *, project: str) -> int:
+        """Return how many objects a project has."""
+        query = select(func.count()).where(self.table.c.project == project)
+        return (await tx.scalar(query)) or 0
 
     async def page(
         self, tx: Connection, *, project: str | None, equals: Mapping[str, str], after: str | None, limit: int

@@ -116,6 +116,15 @@ async def count_events(tx: Connection, *, object_id: str, kind: str, since: date
     return (await tx.scalar(query)) or 0
 
 
+async def count_by_state(tx: Connection) -> dict[str, dict[str, int]]:
+    """Return, for VMs and operations, how many there are in each state."""
+    counts: dict[str, dict[str, int]] = {}
+    for table in (tables.vms, tables.operations):
+        rows = (await tx.execute(select(table.c.state, func.count()).group_by(table.c.state))).all()
+        counts[table.name] = {row[0]: row[1] for row in rows}
+    return counts
+
+
 async def forget_before(tx: Connection, moment: datetime) -> None:
     """Drop events and idempotency keys older than ``moment``."""
     await tx.execute(delete(tables.events).where(_ev.at < moment))
