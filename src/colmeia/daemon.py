@@ -24,6 +24,7 @@ from colmeia.api.server import local_server, serve_until, tcp_server
 from colmeia.control import identity, image, vm
 from colmeia.control.operations import Operations
 from colmeia.control.services import Services, now
+from colmeia.engine.interface import OnExit, OnState
 from colmeia.engine.qemu.engine import QemuEngine
 from colmeia.host.certificate import ensure_certificate
 from colmeia.host.facts import find_facts
@@ -85,7 +86,9 @@ async def _serve(settings: Settings) -> None:
 async def _live(settings: Settings, services: Services, seen: MemoryObjectReceiveStream[_Seen]) -> None:
     stop = anyio.Event()
     await identity.ensure_default_project(services)
-    await vm.adopt_all(services, host_rebooted=_note_boot(settings.state_dir / "boot_id"))
+    boot, noted = _boot_id(), settings.state_dir / "boot_id"
+    await vm.adopt_all(services, host_rebooted=not noted.exists() or noted.read_text() != boot)
+    noted.write_text(boot)  # only now: a daemon that dies before this still starts what starts with the host
     async with anyio.create_task_group() as tasks:
         try:
             await tasks.start(services.operations.run, name="operations")
@@ -122,7 +125,7 @@ async def _answer(settings: Settings, services: Services, stop: anyio.Event) -> 
                 tasks.start_soon(serve_until, server, bound, stop, name="http")
 
 
-def _reporters(news: MemoryObjectSendStream[_Seen]):  # type: ignore[no-untyped-def]
+def _reporters(news: MemoryObjectSendStream[_Seen]) -> tuple[OnExit, OnState]:
     def on_exit(vm_id: str, died: Died, was_expected: bool) -> None:
         news.send_nowait(_Seen(vm_id, died, was_expected))
 
@@ -161,13 +164,9 @@ async def _await_signal(stop: anyio.Event) -> None:
             stop.set()
 
 
-def _note_boot(file: Path) -> bool:
-    """Remember which boot of the host this is; True when it is another one than last time."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    if file.exists() and file.read_text().strip() == boot_id:
-        return False
-    file.write_text(boot_id)
-    return True
+def _boot_id() -> str:
+    """Return which boot of the host this is (random(4), /proc/sys/kernel/random)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text()
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def services_of(connection: HTTPConnection) -> Services:
 
 
 async def caller(connection: HTTPConnection) -> Identity:
-    """Return who calls: the peer of the local socket, or the bearer of a token (browsers' WebSockets: ``?token=``)."""
+    """Return who calls: the peer of the local socket, or the bearer of a token."""
     client = connection.client
     if client is not None and client.host.startswith(PEER_PREFIX):
         return who.identity_of_peer(int(client.host.removeprefix(PEER_PREFIX)), connection.app.state.own_uid)

@@ -1,11 +1,10 @@
 """Inside the guest, through its agent: running a command."""
 
 import base64
-import binascii
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 
 from colmeia.control.services import Services
 from colmeia.model.base import Model
@@ -30,6 +29,25 @@ class ExecResult(Model):
     stderr: str
 
 
+class _Started(BaseModel):
+    """Answer of guest-exec (QEMU guest agent protocol reference)."""
+
+    pid: int
+
+
+class _Status(BaseModel):
+    """Answer of guest-exec-status (QEMU guest agent protocol reference)."""
+
+    exited: bool
+    exitcode: int | None = Field(default=None, ge=-(2**31), le=2**32)
+    signal: int | None = Field(default=None, ge=0, le=1024)
+    out_data: str = Field(default="", alias="out-data")
+    err_data: str = Field(default="", alias="err-data")
+
+
+A = TypeVar("A", bound=BaseModel)
+
+
 async def execute(services: Services, vm: Vm, wish: Exec) -> ExecResult:
     """Run a command in the guest and return what it printed.
 
@@ -40,14 +58,15 @@ async def execute(services: Services, vm: Vm, wish: Exec) -> ExecResult:
     arguments: dict[str, Any] = {"path": wish.command[0], "arg": list(wish.command[1:]), "capture-output": True}
     if wish.input is not None:
         arguments["input-data"] = base64.b64encode(wish.input.encode()).decode()
-    started = await services.engine.agent(vm.id, "guest-exec", arguments, timeout_s=AGENT_TIMEOUT_S)
+    started = _read(_Started, await services.engine.agent(vm.id, "guest-exec", arguments, timeout_s=AGENT_TIMEOUT_S))
     with anyio.move_on_after(wish.timeout_s):
         polls = iter(POLL_S)
         while True:
-            status = await services.engine.agent(
-                vm.id, "guest-exec-status", {"pid": started["pid"]}, timeout_s=AGENT_TIMEOUT_S
+            answer = await services.engine.agent(
+                vm.id, "guest-exec-status", {"pid": started.pid}, timeout_s=AGENT_TIMEOUT_S
             )
-            if status.get("exited"):
+            status = _read(_Status, answer)
+            if status.exited:
                 return _result(status)
             await anyio.sleep(next(polls, POLL_S[-1]))
     raise Unavailable(
@@ -57,17 +76,26 @@ async def execute(services: Services, vm: Vm, wish: Exec) -> ExecResult:
     )
 
 
-def _result(status: dict[str, Any]) -> ExecResult:
-    code = status.get("exitcode")
-    signal = status.get("signal")
-    exit_code = code if isinstance(code, int) else 128 + signal if isinstance(signal, int) else 255
-    return ExecResult(exit_code=exit_code, stdout=_text(status.get("out-data")), stderr=_text(status.get("err-data")))
+def _read(shape: type[A], answer: Any) -> A:
+    """Read what the agent said. It runs in the guest, which may be hostile: nothing about its answer is certain."""
+    try:
+        return shape.model_validate(answer)
+    except ValidationError as error:
+        raise Unavailable(
+            "agent_garbage", "The guest agent's answer makes no sense.", "Look at qemu-guest-agent in the guest."
+        ) from error
 
 
-def _text(data: Any) -> str:
-    if not isinstance(data, str):
-        return ""
+def _result(status: _Status) -> ExecResult:
+    if status.exitcode is not None:
+        exit_code = status.exitcode
+    else:
+        exit_code = 255 if status.signal is None else 128 + status.signal
+    return ExecResult(exit_code=exit_code, stdout=_text(status.out_data), stderr=_text(status.err_data))
+
+
+def _text(data: str) -> str:
     try:
         return base64.b64decode(data, validate=True).decode(errors="replace")
-    except binascii.Error:
+    except ValueError:
         return ""

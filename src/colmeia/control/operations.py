@@ -2,7 +2,8 @@
 
 An operation is a function that may be run again from its start at any time. If the daemon dies, the next one runs
 every unfinished operation again. When a function fails or is cancelled, its undo runs, then the end is written.
-What this module refuses: to retry on its own, and to keep anything about an operation only in memory.
+What this module refuses: to retry what failed (only what could not be written down is run again), and to keep
+anything about an operation only in memory.
 """
 
 from collections import defaultdict

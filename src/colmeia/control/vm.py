@@ -412,10 +412,12 @@ async def adopt_all(services: Services, *, host_rebooted: bool) -> None:
             continue  # its operation runs again and looks for itself
         if seen.state is not VmState.STOPPED:
             log.info("vm.adopted", vm=vm.name, pid=seen.pid)
-        gone = vm.state not in (VmState.STOPPED, VmState.CRASHED) and seen.state is VmState.STOPPED
+        is_down = vm.state in (VmState.STOPPED, VmState.CRASHED)
+        gone = not is_down and seen.state is VmState.STOPPED
         reason = "the host was restarted" if host_rebooted else "QEMU ended while no daemon watched it"
         died = Died(at=now(), reason=reason) if gone else None
-        await settle(services, vm.id, died, was_expected=host_rebooted or not gone)
+        if gone or seen.state not in (vm.state, VmState.STOPPED):
+            await settle(services, vm.id, died, was_expected=host_rebooted or not gone)
         if host_rebooted and vm.spec.autostart and seen.state is VmState.STOPPED:
             async with services.database.transaction() as tx:
                 current = await documents.vms.get(tx, vm.id)
