@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from colmeia.testing.daemon import ApiAnswer, Daemon, _LocalConnection
+from colmeia.testing.daemon import ApiAnswer, Daemon, LocalConnection
 
 
 def free_port() -> int:
@@ -82,7 +82,7 @@ def test_errors_are_problem_documents(module_daemon: Daemon) -> None:
 
 
 def read_events(daemon: Daemon, count: int, **headers: str) -> list[dict[str, Any]]:
-    connection = _LocalConnection(daemon.socket, 10)
+    connection = LocalConnection(daemon.socket, 10)
     try:
         connection.request("GET", "/v1/events?after=0", headers={k.replace("_", "-"): v for k, v in headers.items()})
         response = connection.getresponse()

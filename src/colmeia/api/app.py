@@ -1,7 +1,7 @@
 """The application: routes, error answers, the API's documentation."""
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -57,11 +57,16 @@ async def _known_error(_request: Request, error: Exception) -> Response:
 async def _invalid_request(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = [
-        {"field": ".".join(str(part) for part in one["loc"]), "message": one["msg"]} for one in error.errors()
+        {"field": _field(one["loc"]), "message": str(one["msg"]).removeprefix("Value error, ")}
+        for one in error.errors()
     ]  # the rejected input itself is left out: it may hold a secret
-    first = found[0] if found else {"field": "", "message": "invalid"}
-    detail = f"{first['field']}: {first['message']}."
+    detail = "{field}: {message}.".format(**found[0]) if found else "The request is not valid."
     return problem(Invalid("invalid_request", detail, "See errors for each field, and /docs for the shape."), found)
+
+
+def _field(place: Sequence[int | str]) -> str:
+    """Name a field as its sender does: without the part of the request it was in."""
+    return ".".join(str(part) for part in place[1:]) or str(place[0])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -10,11 +10,10 @@ from urllib.parse import urlsplit
 from cyclopts import App
 
 from colmeia.cli.options import CHANGING, COMMON, Changing, Common
-from colmeia.cli.output import age, note, say, show
-from colmeia.cli.progress import wait_done
+from colmeia.cli.output import age, note, show
+from colmeia.cli.progress import finish
 from colmeia.cli.vm_spec import given
-from colmeia.client import Client, ClientError
-from colmeia.client.shapes import Operation
+from colmeia.client import ClientError
 
 app = App(name="image", help="Images virtual machines start from.", help_format="plaintext")
 
@@ -74,7 +73,7 @@ def import_(
     place = source if "://" in source else str(Path(source).expanduser().absolute())
     body = {"name": name or name_of(source), "source": place, **given(format=format, sha256=sha256, os=os)}
     with common.connect() as client:
-        _finish(client, client.images.import_(body), common)
+        finish(client, client.images.import_(body), common, "Image", client.images.show)
 
 
 @app.command
@@ -95,7 +94,7 @@ def build(recipe: str, /, *, name: str | None = None, common: Changing = CHANGIN
     """
     with common.connect() as client:
         chosen = name or name_of(recipe.replace("/", "-"))
-        _finish(client, client.images.build(chosen, recipe), common)
+        finish(client, client.images.build(chosen, recipe), common, "Image", client.images.show)
 
 
 @app.command(name="list")
@@ -116,7 +115,7 @@ def show_(name: str, /, *, common: Common = COMMON) -> None:
 def delete(name: str, /, *, common: Changing = CHANGING) -> None:
     """Delete an image. One that virtual machines stand on is kept."""
     with common.connect() as client:
-        _finish(client, client.images.delete(name), common)
+        finish(client, client.images.delete(name), common, "Image", client.images.show)
 
 
 @app.command
@@ -141,21 +140,3 @@ def export(
         finally:
             part.unlink(missing_ok=True)
         note(f"{written} bytes in {file}")
-
-
-def _finish(client: Client, operation: Operation, common: Changing) -> None:
-    if not common.wait:
-        if common.output != "table":
-            show(operation, common.output)
-        else:
-            say(f"Operation {operation['id']} ({operation['kind']} {operation['target_name']}) is {operation['state']}")
-        return
-    ended = wait_done(client, operation)
-    if ended["kind"] == "image.delete":
-        say(f"Image {ended['target_name']} is deleted") if common.output == "table" else show(ended, common.output)
-        return
-    image = client.images.show(ended["target_id"])
-    if common.output != "table":
-        show(image, common.output)
-    else:
-        say(f"Image {image['name']} is {image['state']}")

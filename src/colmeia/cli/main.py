@@ -63,10 +63,8 @@ app.command("colmeia.cli.completion:app", name="completion", help="Completion fo
 def report(error: ClientError) -> int:
     """Print the error to stderr and return the exit code."""
     lines = [f"Error: {error.detail}"]
-    for wrong in getattr(error, "errors", ()):
-        if isinstance(wrong, dict) and "msg" in wrong:
-            place = ".".join(str(part) for part in wrong.get("loc", ()) if part not in ("body", "query"))
-            lines.append(f"  {place}: {wrong['msg']}" if place else f"  {wrong['msg']}")
+    for wrong in getattr(error, "errors", ())[1:]:  # the first one is the detail
+        lines.append(f"  {wrong['field']}: {wrong['message']}")
     if error.hint:
         lines.append(f"Hint: {error.hint}")
     sys.stderr.write("\n".join(lines) + "\n")

@@ -1,10 +1,16 @@
-"""Waiting for an operation, with a bar on a terminal and in silence elsewhere."""
+"""Waiting for an operation, with a bar on a terminal and in silence elsewhere, and saying how it ended."""
 
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
+from colmeia.cli.options import Changing
+from colmeia.cli.output import say, show
 from colmeia.client import Client
 from colmeia.client.call import FINAL_STATES
-from colmeia.client.shapes import Operation
+from colmeia.client.shapes import Image, Operation, Vm
+
+T = TypeVar("T", Vm, Image)
 
 _SHOW_AFTER_S = 0.3
 
@@ -17,6 +23,26 @@ def wait_done(client: Client, operation: Operation, timeout_s: float | None = No
     if first["state"] in FINAL_STATES:
         return client.operations.wait(first)
     return _wait_with_bar(client, first, timeout_s)
+
+
+def finish(client: Client, operation: Operation, common: Changing, label: str, look: Callable[[str], T]) -> T | None:
+    """Wait if that was asked for, and say how the object is now; return it when there is one to see."""
+    if not common.wait:
+        if common.output != "table":
+            show(operation, common.output)
+        else:
+            say(f"Operation {operation['id']} ({operation['kind']} {operation['target_name']}) is {operation['state']}")
+        return None
+    ended = wait_done(client, operation)
+    if ended["kind"].endswith(".delete"):
+        say(f"{label} {ended['target_name']} is deleted") if common.output == "table" else show(ended, common.output)
+        return None
+    found = look(ended["target_id"])
+    if common.output != "table":
+        show(found, common.output)
+    else:
+        say(f"{label} {found['name']} is {found['state']}")
+    return found
 
 
 def _wait_with_bar(client: Client, operation: Operation, timeout_s: float | None) -> Operation:

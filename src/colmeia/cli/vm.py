@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from colmeia.cli import vm_spec
 from colmeia.cli.options import CHANGING, COMMON, Changing, Common
 from colmeia.cli.output import age, note, say, show, warn
-from colmeia.cli.progress import wait_done
+from colmeia.cli.progress import finish
 from colmeia.client import Client, ClientError
 from colmeia.client.shapes import Operation
 
@@ -380,23 +380,9 @@ def logs(
 
 
 def _finish(client: Client, operation: Operation, common: Changing) -> None:
-    """Wait if that was asked for, and say how the VM is now."""
-    if not common.wait:
-        if common.output != "table":
-            show(operation, common.output)
-        else:
-            say(f"Operation {operation['id']} ({operation['kind']} {operation['target_name']}) is {operation['state']}")
-        return
-    ended = wait_done(client, operation)
-    if ended["kind"] == "vm.delete":
-        say(f"VM {ended['target_name']} is deleted") if common.output == "table" else show(ended, common.output)
-        return
-    vm = client.vms.show(ended["target_id"])
-    if common.output != "table":
-        show(vm, common.output)
-    else:
-        say(f"VM {vm['name']} is {vm['state']}")
-    if vm["state"] in ("running", "paused"):
+    """Wait if that was asked for, and say how it is now."""
+    vm = finish(client, operation, common, "VM", client.vms.show)
+    if vm is not None and vm["state"] in ("running", "paused"):
         warn(vm["runtime"]["warnings"])
 
 

@@ -31,7 +31,9 @@ def wait_until(what: str, look: Callable[[], T | None], *, timeout_s: float = 60
         time.sleep(0.01)
 
 
-class _LocalConnection(http.client.HTTPConnection):
+class LocalConnection(http.client.HTTPConnection):
+    """HTTP over the daemon's local socket."""
+
     def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._path = path
@@ -123,7 +125,7 @@ class Daemon:
 
     def call(self, method: str, path: str, body: Any = None, *, timeout_s: float = 120, **headers: str) -> Any:
         """Return the parsed answer (JSON, or bytes). Raises ApiAnswer for an error."""
-        connection = _LocalConnection(self.socket, timeout_s)
+        connection = LocalConnection(self.socket, timeout_s)
         try:
             sent = None if body is None else json.dumps(body)
             named = {key.replace("_", "-"): value for key, value in headers.items()}
