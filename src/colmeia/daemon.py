@@ -111,10 +111,9 @@ async def _answer(settings: Settings, services: Services, stop: anyio.Event) -> 
         sockets.callback(settings.socket.unlink, missing_ok=True)
         if settings.listen:
             host = settings.listen.rpartition(":")[0].strip("[]")
-            own = settings.tls_certificate, settings.tls_key
-            certificate, key = own if all(own) else ensure_certificate(settings.state_dir / "tls", host)
-            assert certificate is not None
-            assert key is not None
+            certificate, key = settings.tls_certificate, settings.tls_key
+            if certificate is None or key is None:
+                certificate, key = ensure_certificate(settings.state_dir / "tls", host)
             servers.append(tcp_server(app, settings.listen, certificate, key))
         gc.collect()
         gc.freeze()  # what is loaded now stays: never scan it again

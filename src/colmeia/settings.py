@@ -2,12 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -39,7 +38,7 @@ class Settings(BaseSettings):
     run_dir: Path = Field(default_factory=_run_dir, description="Sockets; gone after a reboot.")
     cache_dir: Path | None = Field(default=None, description="Downloaded packages; default: in the state folder.")
     database_url: str = Field(default="", description="Empty: SQLite in the state folder.")
-    listen: Annotated[str, NoDecode] = Field(
+    listen: str = Field(
         default="127.0.0.1:8440", pattern=r"^$|^[^ ]+:\d{1,5}$", description="HTTPS address; empty: local socket only."
     )
     tls_certificate: Path | None = Field(default=None, description="PEM; made by the daemon when absent.")
@@ -47,6 +46,12 @@ class Settings(BaseSettings):
     uid_base: int = Field(default=690_000, ge=1000, le=2**31, description="Host users of VMs are numbered from here.")
     keep_events_days: int = Field(default=30, ge=1)
     log_format: str = Field(default="console", pattern="^(console|json)$")
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> "Settings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: set both or neither")
+        return self
 
     @property
     def socket(self) -> Path:
@@ -92,8 +97,9 @@ def read_settings(config: Path | None) -> Settings:
     except ValidationError as error:
         wrong = error.errors()[0]
         name = ".".join(str(part) for part in wrong["loc"])
+        what = f"Setting {name} is wrong" if name else "The settings are wrong"
         raise Invalid(
-            "settings", f"Setting {name!r} is wrong: {wrong['msg']}.", f"See {file} and COLMEIA_… variables."
+            "settings", f"{what}: {wrong['msg'].removeprefix('Value error, ')}.", f"See {file} and COLMEIA_… variables."
         ) from error
     except ValueError as error:
         raise Invalid("settings", f"{file} is not TOML: {error}.", "Mend the file.") from error

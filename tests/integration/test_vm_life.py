@@ -175,6 +175,13 @@ def test_a_cancelled_stop_leaves_the_vm_running(module_daemon: Daemon) -> None:
         ({"name": "a", "spec": {"cpus": 500}}, (409, "cpus_exceed_host")),
         ({"name": "../../etc", "spec": {}}, (422, "invalid_request")),
         ({"name": "a", "spec": {"colour": "red"}}, (422, "invalid_request")),
+        (
+            {
+                "name": "a",
+                "spec": {"nics": [{"forwards": [{"host_address": "999.1.1.1", "host_port": 1, "guest_port": 1}]}]},
+            },
+            (422, "invalid_request"),
+        ),
         ({"name": "a", "spec": {"machine": "microvm", "firmware": "uefi"}}, (422, "invalid_request")),
     ],
 )

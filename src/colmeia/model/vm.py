@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
+from ipaddress import IPv4Address
 from typing import Annotated
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
@@ -135,6 +136,11 @@ class Forward(Model):
     host_port: int = Field(ge=1, le=65535)
     guest_port: int = Field(ge=1, le=65535)
     protocol: Annotated[str, StringConstraints(pattern="^(tcp|udp)$")] = "tcp"
+
+    @field_validator("host_address")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        return str(IPv4Address(value))
 
 
 class Nic(Model):
