@@ -423,7 +423,7 @@ async def test_the_agent_of_a_guest_without_one_is_silent(host: Host) -> None:
     engine = host.engine()
     await engine.start(host.request(), deadline_s=DEADLINE_S)
     before = anyio.current_time()
-    with pytest.raises(Unavailable) as caught:
+    with pytest.raises(Conflict) as caught:
         await engine.agent(VM, "guest-ping", None, timeout_s=0.3)
     assert caught.value.code == "agent_silent"
     assert anyio.current_time() - before < 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colmeia.control.guest import ExecResult, _read, _result, _Status
-from colmeia.model.errors import Unavailable
+from colmeia.model.errors import Conflict
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -32,5 +32,5 @@ def test_an_answer_becomes_a_result(answer: Any, result: ExecResult) -> None:
 def test_whatever_it_says_is_read_or_refused(answer: Any) -> None:
     try:
         _result(_read(_Status, answer))
-    except Unavailable as error:
+    except Conflict as error:
         assert error.code == "agent_garbage"

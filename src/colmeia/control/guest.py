@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from colmeia.control.services import Services
 from colmeia.model.base import Model
-from colmeia.model.errors import Conflict, Unavailable
+from colmeia.model.errors import Conflict
 from colmeia.model.vm import Vm, VmState
 
 POLL_S = (0.02, 0.05, 0.1, 0.25)
@@ -51,7 +51,8 @@ A = TypeVar("A", bound=BaseModel)
 async def execute(services: Services, vm: Vm, wish: Exec) -> ExecResult:
     """Run a command in the guest and return what it printed.
 
-    Raises Conflict when the VM does not run, Unavailable (`agent_silent`, `guest_command_timeout`).
+    Raises Conflict when the VM does not run (`vm_state`), its agent does not answer as it should (`agent_silent`,
+    `agent_garbage`) or the command goes on for too long (`guest_command_timeout`).
     """
     if vm.state is not VmState.RUNNING:
         raise Conflict("vm_state", f"VM {vm.name} is {vm.state.value}, not running.", f"colmeia vm start {vm.name}")
@@ -69,7 +70,7 @@ async def execute(services: Services, vm: Vm, wish: Exec) -> ExecResult:
             if status.exited:
                 return _result(status)
             await anyio.sleep(next(polls, POLL_S[-1]))
-    raise Unavailable(
+    raise Conflict(
         "guest_command_timeout",
         f"{wish.command[0]} in {vm.name} did not end within {wish.timeout_s:.0f} s.",
         "It goes on there.",
@@ -81,7 +82,7 @@ def _read(shape: type[A], answer: Any) -> A:
     try:
         return shape.model_validate(answer)
     except ValidationError as error:
-        raise Unavailable(
+        raise Conflict(
             "agent_garbage", "The guest agent's answer makes no sense.", "Look at qemu-guest-agent in the guest."
         ) from error
 

@@ -101,7 +101,7 @@ class Engine(Protocol):
         """Open a fresh RFB connection."""
 
     async def agent(self, vm_id: str, command: str, arguments: dict[str, Any] | None, *, timeout_s: float) -> Any:
-        """Run one guest-agent command. Raises Unavailable (code `agent_silent`) when the agent does not answer."""
+        """Run one guest-agent command. Raises Conflict (code `agent_silent`) when the agent does not answer."""
 
     def serial_log(self, vm_id: str) -> Path:
         """Where the serial console's output is kept."""

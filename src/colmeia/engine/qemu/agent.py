@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 from anyio.abc import SocketStream
 
-from colmeia.model.errors import ColmeiaError, Conflict, Unavailable, Unsupported
+from colmeia.model.errors import ColmeiaError, Conflict, Unsupported
 
 _MAX_REPLY = 24 * 1024 * 1024  # guest-exec-status carries at most 16 MiB of output, as base64
 _CHUNK = 256 * 1024
@@ -24,7 +24,8 @@ _HINT = "Is qemu-guest-agent installed in the guest and has it booted?"
 async def run_command(path: Path, command: str, arguments: dict[str, Any] | None, *, timeout_s: float) -> Any:
     """Run one agent command and return what it answers. Cancel-safe; one at a time per VM (the caller's lock).
 
-    Raises Unavailable (`agent_silent`, `agent_garbage`), Conflict (`agent_refused`), Unsupported (`agent_command`).
+    Raises Conflict (`agent_silent`, `agent_garbage`, `agent_refused`: what the guest does is not our failure),
+    Unsupported (`agent_command`).
     """
     try:
         with anyio.fail_after(timeout_s):
@@ -32,9 +33,9 @@ async def run_command(path: Path, command: str, arguments: dict[str, Any] | None
                 return await _converse(_Lines(stream), command, arguments)
     except TimeoutError:
         message = f"The guest agent did not answer {command} in {timeout_s:.0f} s."
-        raise Unavailable("agent_silent", message, _HINT) from None
+        raise Conflict("agent_silent", message, _HINT) from None
     except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
-        raise Unavailable("agent_silent", f"The guest agent's channel closed during {command}.", _HINT) from error
+        raise Conflict("agent_silent", f"The guest agent's channel closed during {command}.", _HINT) from error
 
 
 class _Lines:
@@ -100,4 +101,4 @@ def _refusal(error: dict[str, Any], command: str) -> ColmeiaError:
 
 
 def _garbage(what: str) -> ColmeiaError:
-    return Unavailable("agent_garbage", f"The guest's agent {what}.", "Whatever runs there is not qemu-guest-agent.")
+    return Conflict("agent_garbage", f"The guest's agent {what}.", "Whatever runs there is not qemu-guest-agent.")

@@ -397,7 +397,7 @@ async def _turn(lock: anyio.Lock, what: str, timeout_s: float) -> AsyncIterator[
         with anyio.fail_after(timeout_s):
             await lock.acquire()
     except TimeoutError:
-        raise Unavailable(
+        raise Conflict(
             "agent_silent", f"The guest agent was busy with another command for {timeout_s:g} s.", f"Try {what} again."
         ) from None
     try:
